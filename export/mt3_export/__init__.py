@@ -1,0 +1,1 @@
+"""Checkpoints of the MT3 family to bundles that mt3_runtime runs."""

@@ -1,0 +1,45 @@
+"""The family of errors; each is also the standard type a caller would expect.
+
+Mt3Error
+├── AudioError        (ValueError)    audio that cannot be read, or is out of bounds
+├── BundleError       (ValueError)    a bundle that is broken, tampered with or of another version
+├── DeviceError       (RuntimeError)  a device or provider that cannot be used
+├── DependencyError   (ImportError)   an optional package that is not installed
+├── OutputError       (OSError)       a result that cannot be written
+├── OptionError       (ValueError)    options that contradict each other
+└── CheckpointError   (ValueError)    weights that are not what they should be (raised by mt3_export)
+
+Every message is one line and ends with what to do.
+"""
+
+
+class Mt3Error(Exception):
+    """Base of every error raised on purpose."""
+
+
+class AudioError(Mt3Error, ValueError):
+    """Audio that cannot be read, or is outside the documented bounds."""
+
+
+class BundleError(Mt3Error, ValueError):
+    """A bundle that is broken, tampered with, or of another version."""
+
+
+class DeviceError(Mt3Error, RuntimeError):
+    """A device or execution provider that cannot be used here."""
+
+
+class DependencyError(Mt3Error, ImportError):
+    """An optional package that is not installed."""
+
+
+class OutputError(Mt3Error, OSError):
+    """A result that cannot be written where it was asked for."""
+
+
+class OptionError(Mt3Error, ValueError):
+    """Options that contradict each other or are out of range."""
+
+
+class CheckpointError(Mt3Error, ValueError):
+    """A checkpoint that is not the model it was given as, or is unsafe to read."""

@@ -1,0 +1,112 @@
+"""What a bundle promises about its model: sizes, features, vocabulary. Pure data, checked on construction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mt3_runtime.errors import BundleError
+
+FRONTENDS = ("ddsp", "torchaudio")
+FAMILIES = ("mt3",)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise BundleError with `message` unless `condition` holds."""
+    if not condition:
+        raise BundleError(message)
+
+
+def require_positive(owner: object, *names: str) -> None:
+    """Raise BundleError unless each named attribute is a positive int."""
+    for name in names:
+        value = getattr(owner, name)
+        require(
+            type(value) is int and value > 0,
+            f"{type(owner).__name__}.{name} is {value!r}, not a positive integer: export the bundle again",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Sizes and constants of one encoder-decoder network.
+
+    `position_base` is the divisor of the sinusoid's exponent: frequency i is 10000^(-i/position_base),
+    255 for weights trained by Magenta (magenta/mt3 `layers.py`), 256 for those trained with the PyTorch ports.
+    """
+
+    family: Literal["mt3"]
+    name: str
+    d_model: int
+    num_heads: int
+    d_kv: int
+    d_ff: int
+    encoder_layers: int
+    decoder_layers: int
+    vocab_size: int
+    position_base: int
+    max_length: int
+    start_token: int
+    end_token: int
+
+    def __post_init__(self) -> None:
+        require(self.family in FAMILIES, f"unknown model family {self.family!r}: this version reads {FAMILIES}")
+        require(bool(self.name) and isinstance(self.name, str), "the model has no name: export the bundle again")
+        require_positive(
+            self, "d_model", "num_heads", "d_kv", "d_ff", "encoder_layers", "decoder_layers", "vocab_size",
+            "position_base", "max_length",
+        )  # fmt: skip
+        require(self.d_model % 2 == 0, f"d_model {self.d_model} is odd: positions are sine and cosine halves")
+        for name in ("start_token", "end_token"):
+            token = getattr(self, name)
+            require(type(token) is int and 0 <= token < self.vocab_size, f"{name} {token!r} is outside the vocabulary")
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSpec:
+    """How audio becomes log-mel frames.
+
+    `frontend`: "ddsp" (mel triangles linear in mel, TensorFlow's matrix) or "torchaudio" (linear in Hz).
+    `mel_norm`: clip to [-12, 5] and scale to [0, 1]; on for weights trained by MR-MT3, off for Magenta's.
+    Lengths in samples, frequencies in Hz.
+    """
+
+    frontend: Literal["ddsp", "torchaudio"]
+    mel_norm: bool
+    sample_rate: int = 16_000
+    hop_length: int = 128
+    fft_length: int = 2048
+    mel_bins: int = 512
+    f_min: float = 20.0
+    f_max: float = 7600.0
+    segment_frames: int = 256
+
+    def __post_init__(self) -> None:
+        require(self.frontend in FRONTENDS, f"unknown frontend {self.frontend!r}: use one of {FRONTENDS}")
+        require(type(self.mel_norm) is bool, "mel_norm is neither true nor false")
+        require_positive(self, "sample_rate", "hop_length", "fft_length", "mel_bins", "segment_frames")
+        require(
+            0 < self.f_min < self.f_max <= self.sample_rate / 2,
+            f"mel range {self.f_min}..{self.f_max} Hz does not fit {self.sample_rate} Hz audio",
+        )
+
+    @property
+    def segment_samples(self) -> int:
+        """Samples in one segment."""
+        return self.segment_frames * self.hop_length
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularySpec:
+    """The MT3 event vocabulary: special ids, then shift, pitch, velocity, tie, program and drum classes.
+
+    Order and sizes: magenta/mt3 `vocabularies.py` with one velocity bin. `max_shift_steps` counts 10 ms steps.
+    """
+
+    steps_per_second: int = 100
+    max_shift_steps: int = 1000
+    velocity_bins: int = 1
+    special_tokens: int = 3
+
+    def __post_init__(self) -> None:
+        require_positive(self, "steps_per_second", "max_shift_steps", "velocity_bins", "special_tokens")
