@@ -32,7 +32,7 @@ class ModelSpec:
     """Sizes and constants of one encoder-decoder network.
 
     `position_base` is the divisor of the sinusoid's exponent: frequency i is 10000^(-i/position_base),
-    255 for weights trained by Magenta (magenta/mt3 `layers.py`), 256 for those trained with the PyTorch ports.
+    255 for weights trained by Magenta (magenta/mt3 `layers.py`), 256 for weights trained by MR-MT3.
     """
 
     family: Literal["mt3"]
@@ -50,8 +50,8 @@ class ModelSpec:
     end_token: int
 
     def __post_init__(self) -> None:
-        require(self.family in FAMILIES, f"unknown model family {self.family!r}: this version reads {FAMILIES}")
-        require(bool(self.name) and isinstance(self.name, str), "the model has no name: export the bundle again")
+        require(self.family in FAMILIES, f"unknown model family {self.family!r}: use one of {FAMILIES}")
+        require(bool(self.name) and isinstance(self.name, str), "the model has no name: export it again")
         require_positive(
             self, "d_model", "num_heads", "d_kv", "d_ff", "encoder_layers", "decoder_layers", "vocab_size",
             "position_base", "max_length",
@@ -59,7 +59,8 @@ class ModelSpec:
         require(self.d_model % 2 == 0, f"d_model {self.d_model} is odd: positions are sine and cosine halves")
         for name in ("start_token", "end_token"):
             token = getattr(self, name)
-            require(type(token) is int and 0 <= token < self.vocab_size, f"{name} {token!r} is outside the vocabulary")
+            inside = type(token) is int and 0 <= token < self.vocab_size
+            require(inside, f"{name} {token!r} is outside the vocabulary: export the bundle again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ class FeatureSpec:
 class VocabularySpec:
     """The MT3 event vocabulary: special ids, then shift, pitch, velocity, tie, program and drum classes.
 
-    Order and sizes: magenta/mt3 `vocabularies.py` with one velocity bin. `max_shift_steps` counts 10 ms steps.
+    Order and sizes: magenta/mt3 `vocabularies.py` with one velocity bin. `max_shift_steps` is in steps.
     """
 
     steps_per_second: int = 100
