@@ -1,0 +1,154 @@
+"""Writes a bundle: traced graphs, shared weights and a manifest, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+from contextlib import contextmanager
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from mt3_export.lowering import LOWERINGS
+from mt3_export.network import build_modules
+from mt3_export.onnx_graph import PREFIX, trace
+from mt3_export.weights_file import WeightsFile
+from mt3_runtime.errors import BundleError, OutputError
+from mt3_runtime.graphs import graph_specs
+from mt3_runtime.manifest import (
+    FORMAT,
+    MANIFEST_LIMIT,
+    MANIFEST_NAME,
+    VERSION,
+    FileRecord,
+    GraphFile,
+    Manifest,
+    Origin,
+    write_manifest,
+)
+from mt3_runtime.specs import VocabularySpec
+from mt3_runtime.version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from mt3_export.checkpoint import Checkpoint
+    from mt3_runtime.manifest import Precision, WeightsStorage
+
+TOOLS = ("torch", "onnxscript", "onnx_ir")
+
+
+def export_bundle(
+    checkpoint: Checkpoint,
+    output: Path,
+    *,
+    precision: Precision = "fp32",
+    weights_storage: WeightsStorage = "fp32",
+    notice: str = "",
+) -> Path:
+    """Trace every graph of a checkpoint in every lowering and write the bundle `output`.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        OutputError: `output` exists, or cannot be written.
+        BundleError: a traced graph does not keep its contract.
+    """
+    with _new_folder(output) as folder:
+        graphs = _write_graphs(checkpoint, folder, precision, weights_storage)
+        files = {path.name: _record(path) for path in sorted(folder.iterdir())}
+        origin = Origin(
+            checkpoint=checkpoint.source,
+            checkpoint_sha256=checkpoint.sha256,
+            weights_storage=weights_storage,
+            exporter=f"mt3-runtime {__version__}",
+            tools={name: metadata.version(name) for name in TOOLS},
+            notice=notice,
+        )
+        manifest = Manifest(
+            format=FORMAT,
+            version=VERSION,
+            model=checkpoint.model,
+            features=checkpoint.features,
+            vocabulary=VocabularySpec(),
+            contracts=tuple(graph_specs(checkpoint.model, checkpoint.features).values()),
+            graphs=graphs,
+            files=files,
+            origin=origin,
+        )
+        text = write_manifest(manifest)
+        if len(text) > MANIFEST_LIMIT:
+            raise BundleError(
+                f"the manifest would take {len(text)} bytes, more than {MANIFEST_LIMIT}: shorten the notice"
+            )
+        (folder / MANIFEST_NAME).write_bytes(text)
+    return output
+
+
+def _write_graphs(
+    checkpoint: Checkpoint, folder: Path, precision: Precision, storage: WeightsStorage
+) -> tuple[GraphFile, ...]:
+    specs = graph_specs(checkpoint.model, checkpoint.features)
+    weights = WeightsFile(folder / f"weights.{precision}.bin", storage)
+    entries = []
+    try:
+        for lowering, ops in LOWERINGS.items():
+            modules = build_modules(checkpoint.model, checkpoint.features, checkpoint.tensors, ops)
+            for name, spec in specs.items():
+                graph = trace(modules[name], spec)
+                weights.move(graph, tables=dict(modules[name].named_buffers(PREFIX)))
+                file = f"{name}.{precision}.{lowering}.onnx"
+                (folder / file).write_bytes(ir.to_proto(graph).SerializeToString(deterministic=True))
+                entries.append(GraphFile(name, lowering, precision, file, weights.name))
+    finally:
+        weights.close()
+    return tuple(entries)
+
+
+def _record(path: Path) -> FileRecord:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return FileRecord(path.stat().st_size, digest)
+
+
+@contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """A folder that takes the name `output` when the block ends well, and vanishes when it does not."""
+    if output.exists() or output.is_symlink():
+        raise OutputError(f"{output} exists already: remove it, or choose another --output")
+    if not output.parent.is_dir():
+        raise OutputError(f"folder {output.parent} does not exist: create it, or choose another --output")
+    temporary = output.parent / f".{output.name}.{secrets.token_hex(6)}.partial"
+    try:
+        remove_leftovers(output)
+        temporary.mkdir()
+        yield temporary
+        _sync(temporary)
+        temporary.rename(output)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {output} ({error.strerror}): free some space or choose another --output"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(output: Path) -> None:
+    """Remove what a killed export of the same name left behind."""
+    for path in output.parent.glob(f".{output.name}.*.partial"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Have everything on the disk before the final name points at it."""
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

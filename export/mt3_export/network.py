@@ -1,0 +1,203 @@
+"""The MT3 network as three torch modules, one a graph, over weights fused for inference.
+
+T5 v1.1 without biases, without relative positions and without attention scaling; sinusoidal positions are added
+to the inputs (magenta/mt3 `network.py`, `layers.py`). Query, key and value projections are one matrix, the two
+gates of the feed-forward are one matrix, and every matrix is stored [in, out] so that a graph holds plain MatMuls.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 -- the name every torch user knows
+
+from mt3_export.lowering import split_heads
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mt3_export.lowering import Lowering
+    from mt3_runtime.specs import FeatureSpec, ModelSpec
+
+
+def sinusoid(length: int, width: int, base: int) -> Tensor:
+    """Position codes [length, width]: sines of all frequencies, then cosines.
+
+    Frequency i is 10000^(-i/base), in float32 as upstream computes it.
+    """
+    frequencies = 1.0 / 10000.0 ** (torch.arange(width // 2, dtype=torch.float32) / base)
+    angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+class Weights:
+    """Reads tensors below one prefix; matrices come out transposed, and fused when several are named."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+        self.tensors, self.prefix = tensors, prefix
+
+    def below(self, prefix: str) -> Weights:
+        """The same tensors, one level down."""
+        return Weights(self.tensors, f"{self.prefix}{prefix}.")
+
+    def matrix(self, *names: str) -> nn.Parameter:
+        """The named [out, in] matrices side by side as one [in, sum of outs]."""
+        parts = [self.tensors[f"{self.prefix}{name}.weight"] for name in names]
+        return nn.Parameter(torch.cat(parts).T.contiguous(), requires_grad=False)
+
+    def vector(self, name: str) -> nn.Parameter:
+        """A tensor as it stands."""
+        return nn.Parameter(self.tensors[f"{self.prefix}{name}.weight"], requires_grad=False)
+
+
+class FeedForward(nn.Module):
+    """wo(gelu(wi_0 x) * wi_1 x)."""
+
+    def __init__(self, weights: Weights, ops: Lowering) -> None:
+        super().__init__()
+        self.ops = ops
+        self.norm = weights.vector("layer_norm")
+        self.gates = weights.matrix("DenseReluDense.wi_0", "DenseReluDense.wi_1")
+        self.output = weights.matrix("DenseReluDense.wo")
+
+    def forward(self, normed: Tensor) -> Tensor:
+        gate, value = (normed @ self.gates).chunk(2, -1)
+        return (self.ops.gelu(gate) * value) @ self.output
+
+
+class EncoderLayer(nn.Module):
+    """One encoder block. Takes the residual stream and the update that is still to be added to it."""
+
+    def __init__(self, weights: Weights, heads: int, ops: Lowering) -> None:
+        super().__init__()
+        self.ops, self.heads = ops, heads
+        attention = weights.below("layer.0")
+        self.norm = attention.vector("layer_norm")
+        self.qkv = attention.matrix("SelfAttention.q", "SelfAttention.k", "SelfAttention.v")
+        self.output = attention.matrix("SelfAttention.o")
+        self.feed_forward = FeedForward(weights.below("layer.1"), ops)
+
+    def forward(self, hidden: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, normed = self.ops.add_rms_norm(hidden, update, self.norm)
+        update = self.ops.encoder_attention(normed @ self.qkv, self.heads) @ self.output
+        hidden, normed = self.ops.add_rms_norm(hidden, update, self.feed_forward.norm)
+        return hidden, self.feed_forward(normed)
+
+
+class Encoder(nn.Module):
+    """features [segments, frames, bins] -> states [segments, 1, frames, d_model]."""
+
+    positions: Tensor
+
+    def __init__(self, model: ModelSpec, frames: int, tensors: Mapping[str, Tensor], ops: Lowering) -> None:
+        super().__init__()
+        self.ops = ops
+        self.projection = Weights(tensors).matrix("proj")
+        self.register_buffer("positions", sinusoid(frames, model.d_model, model.position_base))
+        blocks = Weights(tensors, "encoder.block.")
+        self.layers = nn.ModuleList(
+            EncoderLayer(blocks.below(str(i)), model.num_heads, ops) for i in range(model.encoder_layers)
+        )
+        self.final_norm = Weights(tensors, "encoder.").vector("final_layer_norm")
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = features @ self.projection
+        update = self.positions
+        for layer in self.layers:
+            hidden, update = layer(hidden, update)
+        _, states = self.ops.add_rms_norm(hidden, update, self.final_norm)
+        return states.unsqueeze(1)
+
+
+class CrossKV(nn.Module):
+    """states [rows, frames, d_model] -> keys, then values, of every layer [rows, heads, frames, d_kv]."""
+
+    def __init__(self, model: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.heads = model.num_heads
+        layers = [Weights(tensors, f"decoder.block.{i}.layer.1.EncDecAttention.") for i in range(model.decoder_layers)]
+        self.projections = nn.ParameterList(layer.matrix(name) for name in ("k", "v") for layer in layers)
+
+    def forward(self, states: Tensor) -> tuple[Tensor, ...]:
+        return tuple(split_heads(states @ matrix, self.heads) for matrix in self.projections)
+
+
+class DecoderLayer(nn.Module):
+    """One decoder block for one new token a row; keys and values of cross-attention come from `CrossKV`."""
+
+    def __init__(self, weights: Weights, heads: int, ops: Lowering) -> None:
+        super().__init__()
+        self.ops, self.heads = ops, heads
+        attention, cross = weights.below("layer.0"), weights.below("layer.1")
+        self.norm = attention.vector("layer_norm")
+        self.qkv = attention.matrix("SelfAttention.q", "SelfAttention.k", "SelfAttention.v")
+        self.output = attention.matrix("SelfAttention.o")
+        self.cross_norm = cross.vector("layer_norm")
+        self.cross_query = cross.matrix("EncDecAttention.q")
+        self.cross_output = cross.matrix("EncDecAttention.o")
+        self.feed_forward = FeedForward(weights.below("layer.2"), ops)
+
+    def forward(
+        self, hidden: Tensor, update: Tensor, position: Tensor, cross: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        hidden, normed = self.ops.add_rms_norm(hidden, update, self.norm)
+        output, key, value = self.ops.cached_attention(normed @ self.qkv, *own, position, self.heads)
+        hidden, normed = self.ops.add_rms_norm(hidden, output @ self.output, self.cross_norm)
+        output = self.ops.attention(normed @ self.cross_query, *cross, self.heads)
+        hidden, normed = self.ops.add_rms_norm(hidden, output @ self.cross_output, self.feed_forward.norm)
+        return hidden, self.feed_forward(normed), key, value
+
+
+class DecodeStep(nn.Module):
+    """One token of every row: see `mt3_runtime.graphs.decode_step_spec`."""
+
+    positions: Tensor
+
+    def __init__(self, model: ModelSpec, tensors: Mapping[str, Tensor], ops: Lowering) -> None:
+        super().__init__()
+        self.ops = ops
+        self.embedding = Weights(tensors).vector("decoder_embed_tokens")
+        self.register_buffer("positions", sinusoid(model.max_length, model.d_model, model.position_base))
+        blocks = Weights(tensors, "decoder.block.")
+        self.layers = nn.ModuleList(
+            DecoderLayer(blocks.below(str(i)), model.num_heads, ops) for i in range(model.decoder_layers)
+        )
+        self.final_norm = Weights(tensors, "decoder.").vector("final_layer_norm")
+        self.head = Weights(tensors).matrix("lm_head")
+
+    def forward(self, token: Tensor, position: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        count = len(self.layers)
+        cross_key, cross_value, self_key, self_value = (caches[i * count : (i + 1) * count] for i in range(4))
+        hidden = F.embedding(token, self.embedding).unsqueeze(1)  # [rows, 1, d_model]
+        update = F.embedding(position, self.positions).unsqueeze(1)
+        keys, values = [], []
+        for i, layer in enumerate(self.layers):
+            cross, own = (cross_key[i], cross_value[i]), (self_key[i], self_value[i])
+            hidden, update, key, value = layer(hidden, update, position, cross, own)
+            keys.append(key)
+            values.append(value)
+        _, normed = self.ops.add_rms_norm(hidden, update, self.final_norm)
+        logits = (normed @ self.head).squeeze(1)  # [rows, vocab]
+        next_token, log_prob = choose(logits)
+        return next_token, log_prob, *keys, *values, logits
+
+
+def choose(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Greedy token of every row and its log-probability, NaN where any logit is not finite."""
+    top = logits.amax(-1, keepdim=True)
+    log_prob = -(logits - top).exp().sum(-1).log()
+    # exp(-inf) is 0 and would hide a negative overflow; 0 * x is NaN for every x that is not finite.
+    return logits.argmax(-1).to(torch.int32), log_prob + (logits * 0.0).sum(-1)
+
+
+def build_modules(
+    model: ModelSpec, features: FeatureSpec, tensors: Mapping[str, Tensor], ops: Lowering
+) -> dict[str, nn.Module]:
+    """The module of every graph, by the graph's name."""
+    return {
+        "encoder": Encoder(model, features.segment_frames, tensors, ops),
+        "cross_kv": CrossKV(model, tensors),
+        "decode_step": DecodeStep(model, tensors, ops),
+    }

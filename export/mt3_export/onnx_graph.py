@@ -1,0 +1,114 @@
+"""Traces one torch module to one ONNX graph that keeps its contract."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+import torch
+
+from mt3_runtime.errors import BundleError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mt3_runtime.graphs import GraphSpec, TensorSpec
+
+OPSET = 24
+PREFIX = "weights"  # initializers are named `weights.{parameter}`, apart from everything the exporter names
+# Sizes to trace with: not 1, which the exporter would take for a constant, and unlike each other.
+TRACE_SIZES = {"segments": 2, "rows": 3, "length": 48}
+
+
+def trace(module: torch.nn.Module, spec: GraphSpec) -> ir.Model:
+    """Trace `module` to opset 24.
+
+    Raises:
+        BundleError: the traced graph does not have the inputs and outputs that `spec` promises.
+    """
+    examples = tuple(_example(tensor) for tensor in spec.inputs)
+    axes = {name: torch.export.Dim(name) for name in TRACE_SIZES}
+    dynamic = tuple(
+        {i: axes[size] for i, size in enumerate(tensor.shape) if isinstance(size, str)} for tensor in spec.inputs
+    )
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            _Positional(module).eval(),
+            examples,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=spec.input_names,
+            output_names=spec.output_names,
+            dynamic_shapes=(dynamic,),
+            verbose=False,
+        )
+    if program is None:  # pragma: no cover -- only the old exporter returns nothing
+        raise BundleError(f"torch exported no graph for {spec.name}: use torch >= 2.10")
+    model = program.model
+    _tidy(model, spec)
+    _check_contract(model.graph, spec)
+    return model
+
+
+class _Positional(torch.nn.Module):
+    """Gives every module the same signature, so that axes are described in one way; and its weights a prefix."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        setattr(self, PREFIX, module)
+
+    def forward(self, *inputs: torch.Tensor) -> object:
+        return getattr(self, PREFIX)(*inputs)
+
+
+def _example(tensor: TensorSpec) -> torch.Tensor:
+    shape = [TRACE_SIZES[size] if isinstance(size, str) else size for size in tensor.shape]
+    return torch.zeros(shape, dtype=getattr(torch, tensor.dtype))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what the exporter says of itself: packages it does not find, its own deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+            warnings.filterwarnings("ignore", category=UserWarning, message=".*axis name.*will not be used.*")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _tidy(model: ir.Model, spec: GraphSpec) -> None:
+    """Unname outputs that nobody reads, name the free axes, and drop what only a debugger wants."""
+    graph = model.graph
+    kept = set(graph.outputs)
+    for node in graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for output in node.outputs:
+            output.metadata_props.clear()
+            if not output.uses() and output not in kept:
+                output.name = ""
+                output.shape = None
+    for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
+        for value, tensor in zip(values, tensors, strict=True):
+            value.metadata_props.clear()
+            value.shape = ir.Shape(tensor.shape)
+    model.metadata_props.clear()
+    graph.metadata_props.clear()
+    graph.name = spec.name
+    model.producer_name, model.producer_version = "mt3-runtime", ""
+
+
+def _check_contract(graph: ir.Graph, spec: GraphSpec) -> None:
+    for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
+        found = [(value.name, str(value.dtype).lower()) for value in values]
+        wanted = [(tensor.name, "float" if tensor.dtype == "float32" else tensor.dtype) for tensor in tensors]
+        if found != wanted:
+            raise BundleError(f"{spec.name} was traced with {found}, not {wanted}: use the pinned torch and onnxscript")

@@ -1,0 +1,178 @@
+"""Runs every graph of a bundle beside the torch network it was traced from and says how far they are apart.
+
+Torch computes in float64, so that the distance is the graphs' own and not half the reference's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from mt3_export.lowering import Eager
+from mt3_export.network import build_modules
+from mt3_export.weights_file import stored_weights
+from mt3_runtime.backends.ort import open_session
+from mt3_runtime.errors import CheckpointError
+from mt3_runtime.features import LogMel
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
+    from mt3_export.checkpoint import Checkpoint
+    from mt3_runtime.bundle import Bundle
+    from mt3_runtime.graphs import GraphSpec
+    from mt3_runtime.specs import FeatureSpec
+
+Arrays = list[np.ndarray]
+RELATIVE_LIMIT = {"fp32": 1e-5}  # norm of the difference over norm
+POISON = 1e4  # fills the unwritten cache; finite, because the standard operator multiplies what it masks by 0
+
+
+@dataclass(frozen=True, slots=True)
+class GraphReport:
+    """How one graph in one form differs from torch.
+
+    `relative_error` is the norm of the difference over the norm of the reference, the worst over outputs and steps;
+    `max_error` the largest absolute difference. Tokens are counted for the decode step only: those that agree, those
+    that differ where the two best logits of the reference are closer than the error (`near_ties`), and the others.
+    """
+
+    graph: str
+    lowering: str
+    precision: str
+    max_error: float
+    relative_error: float
+    limit: float
+    tokens: int = 0
+    equal_tokens: int = 0
+    near_ties: int = 0
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within its limit and every token agrees, near-ties aside."""
+        return self.relative_error <= self.limit and self.equal_tokens + self.near_ties == self.tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields and verdict, for JSON."""
+        return {**asdict(self), "passed": self.passed}
+
+
+def verify_bundle(
+    bundle: Bundle, checkpoint: Checkpoint, *, segments: int = 2, steps: int = 64, seed: int = 0
+) -> list[GraphReport]:
+    """Compare every graph of `bundle` with the torch network of `checkpoint` on features of synthetic chords.
+
+    The decode step is fed the tokens that torch chose and its own cache, so errors add up as they do in use. Where
+    the bundle stores weights in fp16, torch gets the same rounded weights: what is measured is the graphs.
+
+    Raises:
+        CheckpointError: the checkpoint is not the one the bundle was made from.
+    """
+    manifest = bundle.manifest
+    if (checkpoint.model, checkpoint.features) != (manifest.model, manifest.features):
+        raise CheckpointError(f"{checkpoint.source} is another model than {bundle.path}: name the one it was made from")
+    tensors = stored_weights(checkpoint.tensors, manifest.origin.weights_storage)
+    modules = build_modules(checkpoint.model, checkpoint.features, tensors, Eager())
+    reference = _Reference(modules, chord_features(manifest.features, segments, seed), steps)
+    contracts = {spec.name: spec for spec in manifest.contracts}
+    reports = []
+    for entry in manifest.graphs:
+        session = open_session(bundle, entry, threads=torch.get_num_threads())
+        limit = RELATIVE_LIMIT[entry.precision]
+        compare = _Comparison()
+        reference.run(entry.graph, _Runner(session, contracts[entry.graph]), compare)
+        form = (entry.graph, entry.lowering, entry.precision)
+        reports.append(GraphReport(*form, compare.largest, compare.relative, limit, *compare.counts))
+    return reports
+
+
+def chord_features(spec: FeatureSpec, segments: int, seed: int) -> np.ndarray:
+    """Log-mel frames of decaying chords over a little noise [segments, frames, bins]: weights want to see music."""
+    generator = np.random.default_rng(seed)
+    time = np.arange(spec.segment_samples) / spec.sample_rate
+    audio = generator.normal(0, 1e-3, (segments, len(time)))
+    for row in range(segments):
+        for onset, pitch in zip(generator.uniform(0, time[-1], 8), generator.integers(40, 85, 8), strict=True):
+            since = time - onset
+            tone = sum(np.sin(2 * np.pi * 440 * 2 ** ((pitch - 69) / 12) * k * since) / k for k in (1, 2, 3))
+            audio[row] += np.where(since >= 0, 0.1 * np.exp(-3 * np.maximum(since, 0)) * tone, 0)
+    return LogMel(spec)(audio.astype(np.float32), [spec.segment_frames] * segments)
+
+
+class _Runner:
+    """A graph as a function from arrays to arrays."""
+
+    def __init__(self, session: Any, spec: GraphSpec) -> None:
+        self.session, self.spec = session, spec
+
+    def __call__(self, inputs: Sequence[np.ndarray]) -> Arrays:
+        feed = dict(zip(self.spec.input_names, inputs, strict=True))
+        outputs: Arrays = self.session.run(self.spec.output_names, feed)
+        return outputs
+
+
+class _Comparison:
+    """Collects the worst errors and the agreement of tokens."""
+
+    def __init__(self) -> None:
+        self.largest = self.relative = 0.0
+        self.counts = [0, 0, 0]
+
+    def arrays(self, found: np.ndarray, wanted: np.ndarray) -> float:
+        difference = np.abs(found.astype(np.float64) - wanted)
+        largest = float(difference.max())
+        relative = float(np.linalg.norm(difference)) / max(float(np.linalg.norm(wanted)), 1e-30)
+        # written so that NaN counts as the worst error, not as none
+        self.largest = largest if not largest <= self.largest else self.largest
+        self.relative = relative if not relative <= self.relative else self.relative
+        return largest
+
+    def step(self, tokens: np.ndarray, logits: np.ndarray, wanted: np.ndarray) -> None:
+        error = self.arrays(logits, wanted)
+        second, first = np.sort(wanted, axis=-1)[:, -2:].T
+        equal = tokens == wanted.argmax(-1)
+        tie = ~equal & (first - second <= 2 * error)
+        for i, count in enumerate((len(tokens), equal.sum(), tie.sum())):
+            self.counts[i] += int(count)
+
+
+class _Reference:
+    """The torch network on features [segments, frames, bins]; each graph's inputs come from the graphs before it."""
+
+    def __init__(self, modules: Mapping[str, torch.nn.Module], features: np.ndarray, steps: int) -> None:
+        self.modules, self.steps = {name: module.double() for name, module in modules.items()}, steps
+        self.features = torch.from_numpy(features).double()
+        with torch.inference_mode():
+            self.states = modules["encoder"](self.features)
+            self.cross = modules["cross_kv"](self.states[:, 0])
+
+    def run(self, graph: str, runner: _Runner, compare: _Comparison) -> None:
+        if graph == "encoder":
+            compare.arrays(runner([single(self.features)])[0], self.states.numpy())
+        elif graph == "cross_kv":
+            for found, wanted in zip(runner([single(self.states[:, 0])]), self.cross, strict=True):
+                compare.arrays(found, wanted.numpy())
+        else:
+            self._decode(runner, compare)
+
+    @torch.inference_mode()
+    def _decode(self, runner: _Runner, compare: _Comparison) -> None:
+        rows, heads, _, width = self.cross[0].shape
+        own = [torch.full((rows, heads, self.steps, width), POISON, dtype=torch.float64) for _ in self.cross]
+        cache, cross = [single(tensor) for tensor in own], [single(tensor) for tensor in self.cross]
+        token = torch.zeros(rows, dtype=torch.int32)
+        for step in range(self.steps):
+            position = torch.full((rows,), step, dtype=torch.int32)
+            _, _, *own, logits = self.modules["decode_step"](token, position, *self.cross, *own)
+            tokens, _, *cache, found = runner([token.numpy(), position.numpy(), *cross, *cache])
+            compare.step(tokens, found, logits.numpy())
+            token = logits.argmax(-1).to(torch.int32)
+
+
+def single(tensor: torch.Tensor) -> np.ndarray:
+    """A float32 copy for the graph."""
+    return tensor.float().numpy()

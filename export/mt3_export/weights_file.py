@@ -1,0 +1,79 @@
+"""One file for the weights of all graphs of a bundle: every tensor stands in it once."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+import onnx_ir as ir
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from mt3_runtime.manifest import WeightsStorage
+
+ALIGNMENT = 4096  # pages: a mapped tensor then starts on one
+INLINE_BYTES = 1024  # smaller tensors stay in the graph
+
+
+class WeightsFile:
+    """Moves initializers of graphs into one external file, sharing equal ones.
+
+    `storage` "fp16" stores matrices at half the size; the graph casts them back, and ONNX Runtime and TensorRT
+    fold the cast when they load it.
+    """
+
+    def __init__(self, path: Path, storage: WeightsStorage) -> None:
+        self.name, self.storage = path.name, storage
+        self._file: BinaryIO = path.open("xb")
+        self._places: dict[tuple[bytes, tuple[int, ...]], tuple[int, int]] = {}
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._file.close()
+
+    def move(self, model: ir.Model, tables: Collection[str] = ()) -> None:
+        """Replace the large initializers of `model` by references into this file; `tables` are never rounded."""
+        for value in list(model.graph.initializers.values()):
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes <= INLINE_BYTES:
+                continue
+            array = np.ascontiguousarray(tensor.numpy())
+            if self.storage == "fp16" and array.ndim == 2 and value.name not in tables:
+                array = array.astype(np.float16)
+                _cast_back(model.graph, value)
+            value.const_value = self._external(value.name or "", array)
+            value.dtype = value.const_value.dtype
+
+    def _external(self, name: str, array: np.ndarray) -> ir.ExternalTensor:
+        data = array.tobytes()
+        key = (hashlib.sha256(data).digest(), array.shape)
+        if key not in self._places:
+            self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
+            self._places[key] = (self._file.tell(), len(data))
+            self._file.write(data)
+        offset, length = self._places[key]
+        dtype = ir.DataType.from_numpy(array.dtype)
+        return ir.ExternalTensor(self.name, offset, length, dtype, shape=ir.Shape(array.shape), name=name)
+
+
+def _cast_back(graph: ir.Graph, value: ir.Value) -> None:
+    """Let every reader of `value` read a float32 copy of it."""
+    node = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{value.name}.widen")
+    widened = node.outputs[0]
+    widened.name, widened.dtype, widened.shape = f"{value.name}.fp32", ir.DataType.FLOAT, value.shape
+    for user, index in tuple(value.uses()):
+        user.replace_input_with(index, widened)
+    node.replace_input_with(0, value)
+    graph.insert_before(graph[0], node)
+
+
+def stored_weights(tensors: Mapping[str, Tensor], storage: WeightsStorage) -> dict[str, Tensor]:
+    """The float32 values that come back from a file: matrices rounded to fp16 if so stored."""
+    if storage == "fp32":
+        return dict(tensors)
+    return {name: tensor.half().float() if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}

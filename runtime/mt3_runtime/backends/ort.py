@@ -1,0 +1,146 @@
+"""The graphs on ONNX Runtime: one session a graph, caches allocated once, bound once for every number of rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mt3_runtime.errors import BundleError, DependencyError
+from mt3_runtime.graphs import GRAPH_NAMES
+from mt3_runtime.machine import default_threads
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mt3_runtime.arrays import FloatArray, IntArray
+    from mt3_runtime.bundle import Bundle
+    from mt3_runtime.manifest import GraphFile
+
+LOWERING = "ort"
+PROVIDER = "CPUExecutionProvider"
+
+
+def import_onnxruntime() -> Any:
+    """The onnxruntime module.
+
+    Raises:
+        DependencyError: it is not installed.
+    """
+    try:
+        import onnxruntime  # noqa: PLC0415 -- not a base dependency: CPU and GPU builds exclude each other
+    except ImportError as error:
+        raise DependencyError(f"onnxruntime cannot be imported ({error}): pip install 'mt3-runtime[cpu]'") from None
+    return onnxruntime
+
+
+class OrtBackend:
+    """Runs a bundle on the CPU.
+
+    Every slot has its own stretch of every cache; slots 0..n-1 are one contiguous prefix, so that n live rows are a
+    batch of n without a copy, and a step writes its keys and values where they stay.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        slots: int,
+        length: int | None = None,
+        threads: int | None = None,
+        precision: str = "fp32",
+    ) -> None:
+        self._ort = import_onnxruntime()
+        model, features = bundle.manifest.model, bundle.manifest.features
+        self.slots, self.length = slots, length or model.max_length
+        self.device, self.provider, self.precision = "cpu", PROVIDER, precision
+        self.threads = threads or default_threads()
+        entries = [bundle.graph(name, LOWERING, precision) for name in GRAPH_NAMES]
+        self._sessions = {entry.graph: open_session(bundle, entry, threads=self.threads) for entry in entries}
+        layers = model.decoder_layers
+        cross = (slots, model.num_heads, features.segment_frames, model.d_kv)
+        own = (slots, model.num_heads, self.length, model.d_kv)
+        # zeros, not empty: the system hands out zero pages lazily, so unused positions cost no memory
+        self._cross = [np.zeros(cross, np.float32) for _ in range(2 * layers)]
+        self._own = [np.zeros(own, np.float32) for _ in range(2 * layers)]
+        self._inputs = {name: np.zeros(slots, np.int32) for name in ("token", "position")}
+        self._next_token, self._log_prob = np.zeros(slots, np.int32), np.zeros(slots, np.float32)
+        self._contracts = {spec.name: spec for spec in bundle.manifest.contracts}
+        self._bindings: dict[int, tuple[Any, list[Any]]] = {}
+
+    def encode(self, features: FloatArray) -> FloatArray:
+        """See `Backend.encode`."""
+        states: FloatArray = self._sessions["encoder"].run(["states"], {"features": features})[0]
+        return states
+
+    def admit(self, first: int, states: FloatArray) -> None:
+        """See `Backend.admit`."""
+        session, count = self._sessions["cross_kv"], len(states)
+        binding = session.io_binding()
+        values = [self._value(np.ascontiguousarray(states))]
+        binding.bind_ortvalue_input("states", values[0])
+        for name, cache in zip(self._contracts["cross_kv"].output_names, self._cross, strict=True):
+            values.append(self._value(cache[first : first + count]))
+            binding.bind_ortvalue_output(name, values[-1])
+        session.run_with_iobinding(binding)
+
+    def step(self, tokens: IntArray, positions: IntArray) -> tuple[IntArray, FloatArray]:
+        """See `Backend.step`."""
+        count = len(tokens)
+        self._inputs["token"][:count] = tokens
+        self._inputs["position"][:count] = positions
+        if count not in self._bindings:
+            self._bindings[count] = self._bind(count)
+        self._sessions["decode_step"].run_with_iobinding(self._bindings[count][0])
+        return self._next_token[:count], self._log_prob[:count]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """See `Backend.move`."""
+        for cache in self._cross:
+            cache[target] = cache[source]
+        for cache in self._own:
+            cache[target, :, :length] = cache[source, :, :length]
+
+    def _bind(self, count: int) -> tuple[Any, list[Any]]:
+        """Bind every tensor of a step over `count` rows; the list keeps the values alive."""
+        binding, values = self._sessions["decode_step"].io_binding(), []
+
+        def bind(names: Sequence[str], arrays: Sequence[np.ndarray], how: Any) -> None:
+            for name, array in zip(names, arrays, strict=True):
+                values.append(self._value(array[:count]))
+                how(name, values[-1])
+
+        spec, layers = self._contracts["decode_step"], len(self._own)
+        inputs, outputs = spec.input_names, spec.output_names
+        bind(inputs[:2], list(self._inputs.values()), binding.bind_ortvalue_input)
+        bind(inputs[2 : 2 + layers], self._cross, binding.bind_ortvalue_input)
+        bind(inputs[2 + layers :], self._own, binding.bind_ortvalue_input)
+        bind(outputs[:2], [self._next_token, self._log_prob], binding.bind_ortvalue_output)
+        bind(outputs[2 : 2 + layers], self._own, binding.bind_ortvalue_output)  # in place
+        return binding, values
+
+    def _value(self, array: np.ndarray) -> Any:
+        """An OrtValue over the array's own memory."""
+        return self._ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def open_session(bundle: Bundle, entry: GraphFile, *, threads: int) -> Any:
+    """An onnxruntime.InferenceSession over one verified graph and its verified weights, on the CPU.
+
+    Raises:
+        BundleError: a file is not what the manifest lists, or ONNX Runtime refuses the graph.
+    """
+    ort = import_onnxruntime()
+    data = bundle.read(entry.file)
+    bundle.verify(entry.weights)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
+    try:
+        return ort.InferenceSession(data, options, providers=[PROVIDER])
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise BundleError(f"ONNX Runtime cannot load {entry.file} of {bundle.path} ({reason}): export again") from error

@@ -1,0 +1,105 @@
+"""The contract of every graph: names, types and shapes, written once.
+
+The exporter traces against it, bundles record it, backends bind by it. A dimension is a number, or the name of
+an axis that may take any size: `segments` and `rows` count sequences, `length` is the room of the self-attention
+cache in positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from mt3_runtime.specs import FeatureSpec, ModelSpec
+
+DType = Literal["float32", "int32"]
+GRAPH_NAMES = ("encoder", "cross_kv", "decode_step")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One named input or output."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSpec:
+    """Inputs and outputs of one graph, in order."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def input_names(self) -> list[str]:
+        """Names of the inputs, in order."""
+        return [tensor.name for tensor in self.inputs]
+
+    @property
+    def output_names(self) -> list[str]:
+        """Names of the outputs, in order."""
+        return [tensor.name for tensor in self.outputs]
+
+
+def layer_tensors(kind: str, layers: int, shape: tuple[int | str, ...]) -> tuple[TensorSpec, ...]:
+    """Keys of every layer, then values of every layer: `{kind}_key.{i}`, `{kind}_value.{i}`."""
+    return tuple(
+        TensorSpec(f"{kind}_{half}.{layer}", "float32", shape) for half in ("key", "value") for layer in range(layers)
+    )
+
+
+def encoder_spec(model: ModelSpec, features: FeatureSpec) -> GraphSpec:
+    """Log-mel frames to encoder states; MT3 has one channel a segment."""
+    frames, bins = features.segment_frames, features.mel_bins
+    return GraphSpec(
+        "encoder",
+        (TensorSpec("features", "float32", ("segments", frames, bins)),),
+        (TensorSpec("states", "float32", ("segments", 1, frames, model.d_model)),),
+    )
+
+
+def cross_kv_spec(model: ModelSpec, features: FeatureSpec) -> GraphSpec:
+    """Encoder states of some rows to the keys and values that every decoder layer attends to."""
+    frames = features.segment_frames
+    return GraphSpec(
+        "cross_kv",
+        (TensorSpec("states", "float32", ("rows", frames, model.d_model)),),
+        layer_tensors("cross", model.decoder_layers, ("rows", model.num_heads, frames, model.d_kv)),
+    )
+
+
+def decode_step_spec(model: ModelSpec, features: FeatureSpec) -> GraphSpec:
+    """One token of every row, each at its own position.
+
+    `present_*` may share memory with `self_*`: only the entry at each row's position is written. What stands behind
+    a row's position may be anything finite, and is not read.
+    `log_prob` is the log-probability of `next_token`, NaN when any logit of the row is not finite.
+    `logits` is there for verification; a backend that does not bind it does not pay for it.
+    """
+    layers, heads, width = model.decoder_layers, model.num_heads, model.d_kv
+    cache = ("rows", heads, "length", width)
+    return GraphSpec(
+        "decode_step",
+        (
+            TensorSpec("token", "int32", ("rows",)),
+            TensorSpec("position", "int32", ("rows",)),
+            *layer_tensors("cross", layers, ("rows", heads, features.segment_frames, width)),
+            *layer_tensors("self", layers, cache),
+        ),
+        (
+            TensorSpec("next_token", "int32", ("rows",)),
+            TensorSpec("log_prob", "float32", ("rows",)),
+            *layer_tensors("present", layers, cache),
+            TensorSpec("logits", "float32", ("rows", model.vocab_size)),
+        ),
+    )
+
+
+def graph_specs(model: ModelSpec, features: FeatureSpec) -> dict[str, GraphSpec]:
+    """Every graph of a model, by name, in the order of the data flow."""
+    specs = (encoder_spec(model, features), cross_kv_spec(model, features), decode_step_spec(model, features))
+    return {spec.name: spec for spec in specs}

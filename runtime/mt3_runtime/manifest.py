@@ -1,0 +1,114 @@
+"""The manifest of a bundle: what it holds, in a schema without room for surprises."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from mt3_runtime.graphs import GraphSpec, graph_specs
+from mt3_runtime.specs import FeatureSpec, ModelSpec, VocabularySpec, require
+from mt3_runtime.strict import build, parse_json
+
+FORMAT, VERSION = "mt3-runtime-bundle", 1
+MANIFEST_NAME = "manifest.json"
+MANIFEST_LIMIT = 64 * 1024  # bytes
+FILE_NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+LoweringName = Literal["ort", "tensorrt"]
+Precision = Literal["fp32"]
+WeightsStorage = Literal["fp32", "fp16"]
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """Size in bytes and sha256 of one file."""
+
+    size: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        require(self.size >= 0, f"a file has size {self.size}: export the bundle again")
+        require(SHA256.fullmatch(self.sha256) is not None, f"{self.sha256!r:.80} is not a sha256: export again")
+
+
+@dataclass(frozen=True, slots=True)
+class GraphFile:
+    """One graph in one lowering and precision, and the file that its large weights stand in."""
+
+    graph: str
+    lowering: LoweringName
+    precision: Precision
+    file: str
+    weights: str
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a bundle comes from. `notice` is shown to whoever uses it; empty when there is nothing to say."""
+
+    checkpoint: str
+    checkpoint_sha256: str | None
+    weights_storage: WeightsStorage
+    exporter: str
+    tools: dict[str, str]
+    notice: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything the runtime needs to know before it opens another file."""
+
+    format: str
+    version: int
+    model: ModelSpec
+    features: FeatureSpec
+    vocabulary: VocabularySpec
+    contracts: tuple[GraphSpec, ...]
+    graphs: tuple[GraphFile, ...]
+    files: dict[str, FileRecord]
+    origin: Origin
+
+    def __post_init__(self) -> None:
+        for name in self.files:
+            plain = FILE_NAME.fullmatch(name) is not None and name != MANIFEST_NAME
+            require(plain, f"{name!r:.80} is no file name of a bundle: export the bundle again")
+        derived = tuple(graph_specs(self.model, self.features).values())
+        same = self.contracts == derived
+        require(same, "the graphs have other inputs or outputs than the model: export the bundle again")
+        forms = [(entry.graph, entry.lowering, entry.precision) for entry in self.graphs]
+        require(len(set(forms)) == len(forms), "a graph stands twice in the manifest: export the bundle again")
+        for entry in self.graphs:
+            self._check_graph(entry)
+
+    def _check_graph(self, entry: GraphFile) -> None:
+        known = any(entry.graph == spec.name for spec in self.contracts)
+        require(known, f"unknown graph {entry.graph!r:.80}: use a bundle made by this version")
+        for name in (entry.file, entry.weights):
+            require(name in self.files, f"file {name!r:.80} of graph {entry.graph} is not listed: export again")
+
+
+def read_manifest(text: bytes) -> Manifest:
+    """Parse and check the bytes of a manifest.
+
+    Raises:
+        BundleError: too large, not JSON, of another format or version, or inconsistent.
+    """
+    require(len(text) <= MANIFEST_LIMIT, f"{MANIFEST_NAME} is larger than {MANIFEST_LIMIT} bytes: export again")
+    data = parse_json(text, MANIFEST_NAME)
+    require(isinstance(data, dict) and data.get("format") == FORMAT, f"{MANIFEST_NAME} is not of a {FORMAT}")
+    found = data.get("version")
+    require(
+        type(found) is int and found == VERSION,
+        f"bundle version {found!r:.20}, but this runtime reads {VERSION}: export it with this version of mt3-export",
+    )
+    return build(Manifest, data, "manifest")
+
+
+def write_manifest(manifest: Manifest) -> bytes:
+    """The one canonical text of a manifest: the same bundle always hashes the same."""
+    text = json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=True, allow_nan=False)
+    return text.encode() + b"\n"
