@@ -22,12 +22,17 @@ if TYPE_CHECKING:
     from mt3_runtime.specs import FeatureSpec, ModelSpec
 
 
-def sinusoid(length: int, width: int, base: int) -> Tensor:
-    """Position codes [length, width]: sines of all frequencies, then cosines.
+MAGENTA_BASE = 255  # of POSITION_BASES
 
-    Frequency i is 10000^(-i/base), in float32 as upstream computes it.
+
+def sinusoid(length: int, width: int, base: int) -> Tensor:
+    """Position codes [length, width]: sines of all frequencies, then cosines, in float32 as upstream computes them.
+
+    `base` is `ModelSpec.position_base`.
     """
-    frequencies = 1.0 / 10000.0 ** (torch.arange(width // 2, dtype=torch.float32) / base)
+    count = width // 2
+    divisor = count - 1 if base == MAGENTA_BASE else count
+    frequencies = 1.0 / 10000.0 ** (torch.arange(count, dtype=torch.float32) / divisor)
     angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
 

@@ -9,6 +9,7 @@ from mt3_runtime.errors import BundleError
 
 FRONTENDS = ("ddsp", "torchaudio")
 FAMILIES = ("mt3",)
+POSITION_BASES = (255, 256)
 
 
 def require(condition: bool, message: str) -> None:
@@ -31,8 +32,9 @@ def require_positive(owner: object, *names: str) -> None:
 class ModelSpec:
     """Sizes and constants of one encoder-decoder network.
 
-    `position_base` is the divisor of the sinusoid's exponent: frequency i is 10000^(-i/position_base),
-    255 for weights trained by Magenta (magenta/mt3 `layers.py`), 256 for weights trained by MR-MT3.
+    `position_base` names the rule of the sinusoid's frequencies by what it gives at d_model 512: frequency i is
+    10000^(-i/255) for weights trained by Magenta (magenta/mt3 `layers.py` divides by d_model/2 - 1), and
+    10000^(-i/256) for those trained with the PyTorch ports (d_model/2).
     """
 
     family: Literal["mt3"]
@@ -54,8 +56,10 @@ class ModelSpec:
         require(bool(self.name) and isinstance(self.name, str), "the model has no name: export it again")
         require_positive(
             self, "d_model", "num_heads", "d_kv", "d_ff", "encoder_layers", "decoder_layers", "vocab_size",
-            "position_base", "max_length",
+            "max_length",
         )  # fmt: skip
+        known = type(self.position_base) is int and self.position_base in POSITION_BASES
+        require(known, f"position_base is {self.position_base!r}: use 255 (Magenta) or 256 (MR-MT3)")
         require(self.d_model % 2 == 0, f"d_model {self.d_model} is odd: positions are sine and cosine halves")
         for name in ("start_token", "end_token"):
             token = getattr(self, name)

@@ -1,0 +1,168 @@
+"""A checkpoint, wherever it comes from, as specs and checked float32 tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import stat
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mt3_export.published import PUBLISHED, recognise
+from mt3_export.random_weights import random_tensors
+from mt3_export.settings import Settings, check_options, from_row, resolve
+from mt3_export.state import MT3_SIZES, Sizes, check_shapes, drop_copies, infer_sizes, printable, widen
+from mt3_export.stored import read_state
+from mt3_runtime.errors import BundleError, CheckpointError
+from mt3_runtime.specs import FeatureSpec, ModelSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from mt3_export.settings import Setting
+
+RANDOM_PREFIX = "random:"
+_LARGEST_FILE = 2**31  # bytes; the largest published file of the family is a third of it
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """A network ready to be exported.
+
+    `tensors`: exactly the keys and shapes of `expected_shapes(model)`, float32 and finite. `source`: the file's name,
+    or `random:SEED`. `sha256`: of the file; None for random weights. `warnings`: what was assumed or converted.
+    """
+
+    model: ModelSpec
+    features: FeatureSpec
+    tensors: Mapping[str, Tensor]
+    source: str
+    sha256: str | None
+    warnings: tuple[str, ...] = ()
+
+
+def load_checkpoint(
+    source: str | Path,
+    *,
+    frontend: str | None = None,
+    mel_norm: bool | None = None,
+    position_base: int | None = None,
+    num_heads: int | None = None,
+    max_length: int | None = None,
+) -> Checkpoint:
+    """Read a torch state dict or a safetensors file, or draw random weights of full size.
+
+    Nothing in a file is ever executed. A published file is recognised by its hash and takes its settings from the
+    table; a safetensors file carries them as metadata. Arguments win over both, which is noted in `warnings`.
+
+    Args:
+        source: path of a file, or `random:SEED`.
+        frontend: as `FeatureSpec.frontend`.
+        mel_norm: as `FeatureSpec.mel_norm`.
+        position_base: as `ModelSpec.position_base`.
+        num_heads: attention heads; shapes tell only heads * d_kv.
+        max_length: longest token sequence of a segment.
+
+    Raises:
+        CheckpointError: the file cannot be read, is something else, is unsafe, or does not fit the model.
+        OptionError: an argument is out of range.
+    """
+    given = check_options(
+        {
+            "num_heads": num_heads,
+            "frontend": frontend,
+            "mel_norm": mel_norm,
+            "position_base": position_base,
+            "max_length": max_length,
+        }
+    )
+    if isinstance(source, str) and source.startswith(RANDOM_PREFIX):
+        return _random_checkpoint(source, given)
+    path = Path(source)
+    try:
+        return _load_file(path, given)
+    except CheckpointError as error:
+        raise CheckpointError(f"{printable(str(path), limit=400)} {error}") from error
+
+
+def _load_file(path: Path, given: Mapping[str, Setting]) -> Checkpoint:
+    data = _read_bytes(path)
+    sha256 = hashlib.sha256(data).hexdigest()
+    stored = read_state(data)
+    widened, conversions = widen(stored.tensors)
+    tensors = drop_copies(widened)
+    sizes = infer_sizes(tensors)
+    row = recognise(sha256)
+    settings = resolve(given, row, stored.metadata, sizes)
+    model, features = _specs(row.model if row else path.stem, sizes, settings)
+    _check_d_kv(model, stored.metadata or {})
+    check_shapes(model, tensors)
+    return Checkpoint(model, features, tensors, path.name, sha256, settings.warnings + conversions)
+
+
+def _random_checkpoint(source: str, given: Mapping[str, Setting]) -> Checkpoint:
+    text = source.removeprefix(RANDOM_PREFIX)
+    if not (text.isascii() and text.isdigit() and len(text) <= 18):
+        raise CheckpointError(f"{source[:100]!r} has no seed: use a whole number, as in {RANDOM_PREFIX}0")
+    seed = int(text)
+    settings = Settings({**from_row(PUBLISHED["mt3"]), **given})
+    model, features = _specs(f"random-{seed}", MT3_SIZES, settings)
+    warning = f"random weights (seed {seed}): for tests and timing, the notes mean nothing"
+    return Checkpoint(model, features, random_tensors(model, seed), f"{RANDOM_PREFIX}{seed}", None, (warning,))
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            with path.open("rb") as file:
+                data = file.read(_LARGEST_FILE + 1)
+    except FileNotFoundError as error:
+        hint = f"fetch it with mt3-export fetch {path}" if str(path) in PUBLISHED else "check the path"
+        raise CheckpointError(f"does not exist: {hint}") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"cannot be read ({reason}): check the path and its permissions") from error
+    if not stat.S_ISREG(mode):
+        kind = "a directory" if stat.S_ISDIR(mode) else "not a regular file"
+        raise CheckpointError(f"is {kind}: give the weight file itself")
+    if len(data) > _LARGEST_FILE:
+        raise CheckpointError(
+            f"is larger than {_LARGEST_FILE >> 30} GiB, no MT3 checkpoint is: save only the state dict"
+        )
+    return data
+
+
+def _specs(name: str, sizes: Sizes, settings: Settings) -> tuple[ModelSpec, FeatureSpec]:
+    values: dict[str, Any] = dict(settings.values)
+    heads, inner = values.pop("num_heads"), sizes.inner
+    features = {key: values.pop(key) for key in ("frontend", "mel_norm")}
+    if inner % heads:
+        raise CheckpointError(f"has attention of width {inner}, which {heads} heads do not divide: correct num_heads")
+    measured = asdict(sizes)
+    measured.pop("inner")
+    try:
+        model = ModelSpec(
+            family="mt3",
+            name=name,
+            num_heads=heads,
+            d_kv=inner // heads,
+            start_token=0,
+            end_token=1,
+            **measured,
+            **values,
+        )
+        return model, FeatureSpec(**features)
+    except BundleError as error:
+        raise CheckpointError(f"does not fit the family: {error}") from error
+
+
+def _check_d_kv(model: ModelSpec, metadata: Mapping[str, str]) -> None:
+    said = metadata.get("d_kv", str(model.d_kv))
+    if said != str(model.d_kv):
+        raise CheckpointError(
+            f"says d_kv {said[:100]!r} in its metadata, its shapes and {model.num_heads} heads say {model.d_kv}: "
+            "correct the metadata"
+        )

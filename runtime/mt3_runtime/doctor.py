@@ -1,0 +1,331 @@
+"""Looks over an installation: what is there, what is missing, and how to get it.
+
+`diagnose` runs small checks, each a function from facts to findings; the `probe_` functions gather the facts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import platform
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+
+from mt3_runtime.errors import BundleError, Mt3Error
+from mt3_runtime.machine import MIB, ROOT, Machine, describe_machine, package_versions
+from mt3_runtime.version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
+
+    from mt3_runtime.specs import FeatureSpec, ModelSpec
+
+Level = Literal["ok", "warning", "error"]
+LEVELS: tuple[Level, ...] = ("ok", "warning", "error")
+T = TypeVar("T")
+
+REQUIRED = ("numpy", "soundfile", "soxr", "pretty_midi", "mido", "tqdm")
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+INSTALL_CPU, INSTALL_CUDA = 'pip install "mt3-runtime[cpu]"', 'pip install "mt3-runtime[cuda]"'
+
+# Resident memory of a process that has imported everything and loaded nothing: 51 MiB measured, doubled.
+PROCESS_BYTES = 100 * MIB
+# Peak growth per byte of fp32 graph while ONNX Runtime 1.31 loads it: 1.2 to 1.3 measured.
+GRAPH_FACTOR = 1.5
+ROWS = 8
+
+# One Identity node on one float, opset 13: the smallest graph that makes a provider load its libraries.
+PROBE_GRAPH = bytes.fromhex(
+    "08083a370a100a017812017922084964656e746974791201675a0f0a0178120a"
+    "0a08080112040a020801620f0a0179120a0a08080112040a02080142040a00100d"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at; a warning or an error says how it is put right."""
+
+    level: Level
+    text: str
+    fix: str = ""
+
+    def __post_init__(self) -> None:
+        if self.level != "ok" and not self.fix:
+            raise ValueError(f"the {self.level} {self.text!r} names no fix: add one")
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What ONNX Runtime did when it was asked to run something.
+
+    `distributions` are the installed packages that provide it, `available` the providers it was built with,
+    `started` those that a graph really ran on, `failure` what was raised if the CPU is not among them.
+    """
+
+    distributions: tuple[str, ...]
+    available: tuple[str, ...] = ()
+    started: tuple[str, ...] = ()
+    failure: str = ""
+
+
+class BundleFacts(Protocol):
+    """What the doctor reads of a bundle that has been opened and verified."""
+
+    @property
+    def model(self) -> ModelSpec:
+        """The network's sizes."""
+        ...
+
+    @property
+    def features(self) -> FeatureSpec:
+        """How audio becomes frames."""
+        ...
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes of the graph files that one transcription loads."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """Everything that was found; `exit_code` is 1 when something keeps transcription from working."""
+
+    runtime: str
+    python: str
+    machine: Machine
+    packages: Mapping[str, str | None]
+    providers: tuple[str, ...]
+    bundle: str | None
+    findings: tuple[Finding, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 1 if any finding is an error; warnings do not count."""
+        return int(any(finding.level == "error" for finding in self.findings))
+
+    def to_json(self) -> str:
+        """Return the diagnosis as one JSON object, sizes in bytes."""
+        return json.dumps({**asdict(self), "exit_code": self.exit_code}, indent=2)
+
+    def to_text(self) -> str:
+        """Return the report for a terminal: facts, then findings with the worst last."""
+        lines = [*self._facts(), ""]
+        for finding in sorted(self.findings, key=lambda finding: LEVELS.index(finding.level)):
+            lines.append(f"{finding.level:<8} {finding.text}")
+            lines += [f"{'':<8} fix: {finding.fix}"] if finding.fix else []
+        levels = [finding.level for finding in self.findings]
+        return "\n".join([*lines, "", f"errors: {levels.count('error')}, warnings: {levels.count('warning')}"])
+
+    def _facts(self) -> list[str]:
+        machine = self.machine
+        installed = [f"{name} {version}" for name, version in self.packages.items() if version]
+        memory = f"{_size(machine.memory_available)} available of {_size(machine.memory_total)}"
+        limit = "none" if machine.memory_limit is None else _size(machine.memory_limit)
+        quota = "none" if machine.cpu_quota is None else f"{machine.cpu_quota:g} cores"
+        return [
+            f"mt3-runtime {self.runtime}, Python {self.python}, {machine.system}",
+            f"packages   {', '.join(installed)}",
+            f"providers  {', '.join(self.providers) or 'none'}",
+            f"processor  {machine.cpu_name} ({' '.join(machine.cpu_flags) or 'no vector extensions known'})",
+            f"cores      {machine.usable_cores} usable of {machine.physical_cores}; container quota: {quota}",
+            f"memory     {memory}; container limit: {limit}",
+            f"bundle     {self.bundle or 'none given'}",
+        ]
+
+
+def diagnose(
+    bundle: Path | None = None,
+    *,
+    load: Callable[[Path], BundleFacts] | None = None,
+    try_session: Callable[[Path], None] | None = None,
+    root: Path = ROOT,
+) -> Diagnosis:
+    """Look at this installation, this machine and, where one is given, a bundle.
+
+    Args:
+        bundle: folder to check.
+        load: opens and verifies a bundle; raises an Mt3Error if it is no good.
+        try_session: starts the bundle's graphs as transcription would; raises an Mt3Error if they do not start.
+        root: where /proc, /sys and /dev are found.
+    """
+    machine, engine, packages = describe_machine(root), probe_engine(), package_versions()
+    findings = [
+        *check_imports(probe_imports()),
+        *check_engine(engine, nvidia=probe_nvidia(root)),
+        *check_extras(packages),
+        *check_processor(machine),
+    ]
+    facts, about_bundle = check_bundle(bundle, load, try_session) if bundle else (None, [])
+    findings += about_bundle
+    findings += check_memory(machine.memory_available, facts)
+    return Diagnosis(
+        runtime=__version__,
+        python=platform.python_version(),
+        machine=machine,
+        packages=packages,
+        providers=engine.available,
+        bundle=None if bundle is None else str(bundle),
+        findings=tuple(findings),
+    )
+
+
+def probe_imports(names: Iterable[str] = REQUIRED) -> dict[str, str]:
+    """Import each package; return why those that failed did."""
+    attempts = {name: _attempt(partial(importlib.import_module, name)) for name in names}
+    return {name: why for name, (_, why) in attempts.items() if why}
+
+
+def probe_engine() -> Engine:
+    """Run one node on each provider that this project uses."""
+    distributions = tuple(sorted(set(importlib.metadata.packages_distributions().get("onnxruntime", ()))))
+    # A half-removed package can still be imported as an empty folder: asking for its providers tells.
+    available, why = _attempt(lambda: tuple(importlib.import_module("onnxruntime").get_available_providers()))
+    if available is None:
+        return Engine(distributions, failure=why)
+    wanted = [name for name in (CPU, CUDA) if name in available]
+    attempts = {name: _attempt(partial(_runs_on, name)) for name in wanted}
+    started = tuple(name for name, (ran, _) in attempts.items() if ran)
+    return Engine(distributions, available, started, failure=attempts.get(CPU, (None, ""))[1])
+
+
+def probe_nvidia(root: Path = ROOT) -> bool:
+    """Say whether an NVIDIA GPU can be reached; /proc would also show one that a container was not given."""
+    return any((root / name).exists() for name in ("dev/nvidiactl", "dev/nvidia0", "dev/dxg"))
+
+
+def check_imports(failures: Mapping[str, str]) -> list[Finding]:
+    """Report the packages that must be there."""
+    if not failures:
+        return [Finding("ok", f"all required packages can be imported: {', '.join(REQUIRED)}")]
+    return [
+        Finding("error", f"{name} cannot be imported: {why}", f"pip install --force-reinstall {name}")
+        for name, why in failures.items()
+    ]
+
+
+def check_engine(engine: Engine, *, nvidia: bool) -> list[Finding]:
+    """Report on ONNX Runtime: installed once, working, and on the GPU if there is one."""
+    install = INSTALL_CUDA if nvidia else INSTALL_CPU
+    if not engine.distributions and not engine.started:
+        return [Finding("error", "ONNX Runtime is not installed: nothing can be transcribed", install)]
+    names = " and ".join(engine.distributions) or "onnxruntime of unknown origin"
+    reinstall = f"pip uninstall -y {' '.join(engine.distributions) or 'onnxruntime'} && {install}"
+    findings = []
+    if len(engine.distributions) > 1:
+        findings.append(Finding("warning", f"{names} overwrite each other's files: keep one", reinstall))
+    if CPU not in engine.started:
+        why = engine.failure or "it gave a wrong result for a graph of one node"
+        return [*findings, Finding("error", f"{names} does not work: {why}", reinstall)]
+    findings.append(Finding("ok", f"{names} runs graphs on the CPU"))
+    return [*findings, _check_cuda(engine, nvidia=nvidia, reinstall=reinstall)]
+
+
+def check_extras(packages: Mapping[str, str | None]) -> list[Finding]:
+    """Report optional packages; their absence is no fault."""
+    if packages.get("pillow"):
+        return []
+    return [Finding("ok", "pillow is not installed: no piano-roll pictures", 'pip install "mt3-runtime[picture]"')]
+
+
+def check_processor(machine: Machine) -> list[Finding]:
+    """Report cores that a container withholds, and a processor without vector extensions."""
+    findings = []
+    if machine.cpu_quota is not None and machine.cpu_quota < 1:
+        text = f"the container may use {machine.cpu_quota:g} of a core: it will be stopped again and again"
+        findings.append(Finding("warning", text, "raise the container's CPU limit to 1 or more"))
+    else:
+        cores = f"{machine.usable_cores} of {machine.physical_cores} physical cores can be used"
+        findings.append(Finding("ok", cores))
+    if "x86_64" in machine.system and machine.cpu_flags and "avx2" not in machine.cpu_flags:
+        text = f"{machine.cpu_name} has no AVX2: expect a fraction of the usual speed"
+        findings.append(Finding("warning", text, "use a processor made since 2015, or pass the host's CPU to the VM"))
+    return findings
+
+
+def check_memory(available: int | None, facts: BundleFacts | None) -> list[Finding]:
+    """Report whether the memory that is needed, an estimate, can be had with a quarter to spare."""
+    needed = PROCESS_BYTES if facts is None else memory_needed(facts)
+    purpose = "without a bundle" if facts is None else f"to transcribe with {facts.model.name}"
+    text = f"about {_size(needed)} of memory is needed {purpose}, {_size(available)} is available"
+    if available is None or available >= needed * 1.25:
+        return [Finding("ok", text)]
+    fix = "close other programs, raise the container's memory limit, or use a smaller or int8 bundle"
+    return [Finding("warning" if available >= needed else "error", text, fix)]
+
+
+def check_bundle(
+    path: Path,
+    load: Callable[[Path], BundleFacts] | None,
+    try_session: Callable[[Path], None] | None,
+) -> tuple[BundleFacts | None, list[Finding]]:
+    """Report on a bundle's files, contents and graphs, in that order, up to the first that fails."""
+    try:
+        findings = [Finding("ok", f"bundle {path}: {_size(_folder_bytes(path))} on disk")]
+        facts = load(path) if load else None
+        if facts is not None:
+            findings.append(Finding("ok", f"bundle {path}: verified, model {facts.model.name}"))
+        if try_session:
+            try_session(path)
+            findings.append(Finding("ok", f"bundle {path}: its graphs start"))
+    except Mt3Error as error:
+        # Every error of ours ends with ": what to do".
+        what, _, fix = _one_line(error).rpartition(": ")
+        return None, [Finding("error", what or fix, fix if what else "export the bundle again")]
+    return facts, findings
+
+
+def memory_needed(facts: BundleFacts, rows: int = ROWS) -> int:
+    """Estimate the peak resident bytes of a transcription: process, weights, and caches of `rows` rows."""
+    model = facts.model
+    positions = model.max_length + facts.features.segment_frames
+    cache = 2 * model.decoder_layers * model.num_heads * model.d_kv * positions * 4  # keys and values, float32
+    return PROCESS_BYTES + round(GRAPH_FACTOR * facts.graph_bytes) + rows * cache
+
+
+def _check_cuda(engine: Engine, *, nvidia: bool, reinstall: str) -> Finding:
+    if CUDA in engine.started:
+        return Finding("ok", "CUDA runs graphs on the GPU")
+    if not nvidia:
+        return Finding("ok", "no NVIDIA GPU can be reached: transcription runs on the CPU")
+    if CUDA not in engine.available:
+        return Finding("warning", "there is an NVIDIA GPU, but this ONNX Runtime cannot use it", reinstall)
+    text = "there is an NVIDIA GPU, but CUDA does not start: its libraries or cuDNN are missing or do not match"
+    return Finding("warning", text, 'pip install "onnxruntime-gpu[cuda,cudnn]"')
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, str]:
+    """Return the result, or why there is none."""
+    try:
+        return work(), ""
+    except Exception as error:  # noqa: BLE001 - whatever a broken package raises is the finding
+        return None, _one_line(error)
+
+
+def _runs_on(provider: str) -> bool:
+    """Say whether a graph really runs on `provider`: ONNX Runtime falls back to the CPU with a mere log line."""
+    session = importlib.import_module("onnxruntime").InferenceSession(PROBE_GRAPH, providers=[provider])
+    output = session.run(None, {"x": importlib.import_module("numpy").ones(1, "float32")})[0]
+    return bool(session.get_providers()[0] == provider and output[0] == 1)
+
+
+def _folder_bytes(path: Path) -> int:
+    try:
+        if not (path / "manifest.json").is_file():
+            raise BundleError(f"{path} holds no manifest.json: name a folder written by mt3-export")
+        return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror}): change its permissions") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _size(count: int | None) -> str:
+    if count is None:
+        return "unknown"
+    return f"{count / MIB:.0f} MiB" if count < 1024 * MIB else f"{count / MIB / 1024:.1f} GiB"

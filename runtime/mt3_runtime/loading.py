@@ -1,0 +1,47 @@
+"""From a folder and a device name to a Transcriber."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mt3_runtime.backends.ort import OrtBackend
+from mt3_runtime.bundle import DEMO_NAME, demo_bundle_path, open_bundle
+from mt3_runtime.errors import DeviceError, OptionError
+from mt3_runtime.transcriber import Transcriber
+
+if TYPE_CHECKING:
+    import os
+
+DEVICES = ("auto", "cpu")
+DEFAULT_SLOTS = 8  # more rows a step gain little on a CPU and cost 31 MB of cache each
+
+
+def load(
+    bundle: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    *,
+    slots: int = DEFAULT_SLOTS,
+    threads: int | None = None,
+) -> Transcriber:
+    """Load a bundle, the embedded demo if none is named, ready to transcribe.
+
+    Args:
+        bundle: folder made by `mt3-export bundle`.
+        device: "auto" or "cpu"; this version has no other, so "auto" is the CPU.
+        slots: segments decoded side by side.
+        threads: of the CPU; by default one for every core this process may use.
+
+    Raises:
+        BundleError: the bundle is broken, tampered with or of another version.
+        DependencyError: onnxruntime is not installed.
+        DeviceError: the device is not one of this version's.
+        OptionError: `slots` or `threads` is not positive.
+    """
+    if device not in DEVICES:
+        raise DeviceError(f"device {device!r} is not one of this version's: use one of {', '.join(DEVICES)}")
+    for name, value in (("slots", slots), ("threads", threads)):
+        if value is not None and value < 1:
+            raise OptionError(f"{name} is {value}: give 1 or more")
+    opened = open_bundle(demo_bundle_path() if bundle is None else bundle)
+    name = DEMO_NAME if bundle is None else str(bundle)
+    return Transcriber(opened, OrtBackend(opened, slots=slots, threads=threads), name=name)

@@ -1,0 +1,100 @@
+"""Audio -> segments: fixed windows of samples, each with its start time and its number of real frames.
+
+The arithmetic follows kunato/mt3-pytorch and gudgud96/MR-MT3 `inference.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mt3_runtime.errors import AudioError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from mt3_runtime.specs import FeatureSpec, VocabularySpec
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """One window of audio.
+
+    `samples` [segment_samples] is read-only and zero after the end of the audio; `frames` counts the real frames,
+    the rest of the segment is padding. `start` and `max_time` (the start of the next segment, None for the last)
+    are in seconds.
+    """
+
+    index: int
+    samples: NDArray[np.float32]  # [segment_samples]
+    frames: int
+    start: float
+    max_time: float | None
+
+
+def frame_count(samples: int, features: FeatureSpec) -> int:
+    """Frames of audio of `samples` samples, padded to whole hops.
+
+    A whole hop of zeros is added when the length is a multiple of the hop already, as training did.
+    """
+    return samples // features.hop_length + 1
+
+
+def segment_count(samples: int, features: FeatureSpec) -> int:
+    """Segments of audio of `samples` samples; at least one, even for no samples at all."""
+    return -(-frame_count(samples, features) // features.segment_frames)
+
+
+def segment_start(index: int, features: FeatureSpec, vocabulary: VocabularySpec) -> float:
+    """Start of segment `index` in seconds, on the grid of shift steps.
+
+    The float64 remainder is part of the definition: where a start falls on the grid exactly, it often comes out
+    one step below (segment 15 starts at 30.71 s, not 30.72 s), and the weights' own pipeline shares that.
+    """
+    frames_per_second = features.sample_rate / features.hop_length
+    seconds = index * features.segment_frames / frames_per_second
+    return seconds - seconds % (1 / vocabulary.steps_per_second)
+
+
+def iter_segments(audio: NDArray[np.float32], features: FeatureSpec, vocabulary: VocabularySpec) -> Iterator[Segment]:
+    """Cut `audio` into segments, one at a time; only the last one is a copy.
+
+    Args:
+        audio: [samples] at `features.sample_rate`.
+        features: hop and segment length.
+        vocabulary: the grid of start times.
+
+    Returns:
+        An iterator over at least one segment, in order of time.
+
+    Raises:
+        AudioError: at once, when `audio` is not one row of float32.
+    """
+    if audio.ndim != 1 or audio.dtype != np.float32:
+        raise AudioError(
+            f"audio is {audio.dtype} of shape {audio.shape}, not one row of float32: use prepare_audio first"
+        )
+    return _cut(audio, features, vocabulary)
+
+
+def _cut(audio: NDArray[np.float32], features: FeatureSpec, vocabulary: VocabularySpec) -> Iterator[Segment]:
+    frames = frame_count(len(audio), features)
+    count = segment_count(len(audio), features)
+    size = features.segment_samples
+    for index in range(count):
+        samples = audio[index * size : (index + 1) * size]
+        if len(samples) < size:
+            samples = np.concatenate([samples, np.zeros(size - len(samples), np.float32)])
+        samples.flags.writeable = False
+        is_last = index == count - 1
+        yield Segment(
+            index=index,
+            samples=samples,
+            frames=min(features.segment_frames, frames - index * features.segment_frames),
+            start=segment_start(index, features, vocabulary),
+            max_time=None if is_last else segment_start(index + 1, features, vocabulary),
+        )
