@@ -119,10 +119,7 @@ def _record(path: Path) -> FileRecord:
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
     """A folder that takes the name `output` when the block ends well, and vanishes when it does not."""
-    if output.exists() or output.is_symlink():
-        raise OutputError(f"{output} exists already: remove it, or choose another --output")
-    if not output.parent.is_dir():
-        raise OutputError(f"folder {output.parent} does not exist: create it, or choose another --output")
+    check_output(output)
     temporary = output.parent / f".{output.name}.{secrets.token_hex(6)}.partial"
     try:
         remove_leftovers(output)
@@ -136,6 +133,14 @@ def _new_folder(output: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_output(output: Path) -> None:
+    """Raise OutputError if a bundle cannot be created at `output`."""
+    if output.exists() or output.is_symlink():
+        raise OutputError(f"{output} exists already: remove it, or choose another --output")
+    if not output.parent.is_dir():
+        raise OutputError(f"folder {output.parent} does not exist: create it, or choose another --output")
 
 
 def remove_leftovers(output: Path) -> None:

@@ -5,7 +5,7 @@ Torch computes in float64, so that the distance is the graphs' own and not half 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,6 +60,15 @@ class GraphReport:
         """Fields and verdict, for JSON."""
         return {**asdict(self), "passed": self.passed}
 
+    def to_text(self) -> str:
+        """One line for a person."""
+        tokens = f", tokens {self.equal_tokens} of {self.tokens} equal" if self.tokens else ""
+        ties = f", {self.near_ties} near-ties" if self.near_ties else ""
+        return (
+            f"{'ok  ' if self.passed else 'FAIL'} {self.lowering:<9} {self.graph:<12} {self.precision}: relative error "
+            f"{self.relative_error:.1e} (limit {self.limit:.0e}), largest {self.max_error:.1e}{tokens}{ties}"
+        )
+
 
 def verify_bundle(
     bundle: Bundle, checkpoint: Checkpoint, *, segments: int = 2, steps: int = 64, seed: int = 0
@@ -73,7 +82,8 @@ def verify_bundle(
         CheckpointError: the checkpoint is not the one the bundle was made from.
     """
     manifest = bundle.manifest
-    if (checkpoint.model, checkpoint.features) != (manifest.model, manifest.features):
+    model = replace(checkpoint.model, name=manifest.model.name)  # a bundle may be called as one likes
+    if (model, checkpoint.features) != (manifest.model, manifest.features):
         raise CheckpointError(f"{checkpoint.source} is another model than {bundle.path}: name the one it was made from")
     tensors = stored_weights(checkpoint.tensors, manifest.origin.weights_storage)
     modules = build_modules(checkpoint.model, checkpoint.features, tensors, Eager())

@@ -6,21 +6,26 @@
 >>> transcription.save("song.mid")
 """
 
-from mt3_runtime.errors import (
-    AudioError,
-    BundleError,
-    CheckpointError,
-    DependencyError,
-    DeviceError,
-    Mt3Error,
-    OptionError,
-    OutputError,
-)
-from mt3_runtime.loading import load
-from mt3_runtime.notes import Note
-from mt3_runtime.transcriber import SegmentNotes, Transcriber
-from mt3_runtime.transcription import Provenance, Transcription
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from mt3_runtime.version import __version__
+
+if TYPE_CHECKING:
+    from mt3_runtime.errors import (
+        AudioError,
+        BundleError,
+        CheckpointError,
+        DependencyError,
+        DeviceError,
+        Mt3Error,
+        OptionError,
+        OutputError,
+    )
+    from mt3_runtime.loading import load
+    from mt3_runtime.notes import Note
+    from mt3_runtime.transcriber import SegmentNotes, Transcriber
+    from mt3_runtime.transcription import Provenance, Transcription
 
 __all__ = [
     "AudioError",
@@ -39,3 +44,23 @@ __all__ = [
     "__version__",
     "load",
 ]
+
+# Imported on first use: `mt3-run doctor` has to start where a library of ours does not.
+_HOMES = {
+    "Note": "notes",
+    "Provenance": "transcription",
+    "SegmentNotes": "transcriber",
+    "Transcriber": "transcriber",
+    "Transcription": "transcription",
+    "load": "loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'mt3_runtime' has no attribute {name!r}")
+    return getattr(import_module(f"mt3_runtime.{_HOMES.get(name, 'errors')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

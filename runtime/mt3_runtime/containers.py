@@ -32,7 +32,7 @@ _BIT_RATES_1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320
 _BIT_RATES_2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
 _RATES_1 = (44_100, 48_000, 32_000)  # Hz; halved in version 2, quartered in version 2.5
 _EXTRA_FRAMES = 2  # encoders disagree by a frame on whether the header frame and the padding count
-_MAX_FRAME_SAMPLES = 1152
+_FRAME_SAMPLES_1, _FRAME_SAMPLES_2 = 1152, 576
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ def check_end(sound: SoundBytes, position: int, missing: int) -> None:
     """
     if sound.container == "MP3":
         # Without a header frame the length is the decoder's guess from the file's size: it promises nothing.
-        allowed = _EXTRA_FRAMES * _MAX_FRAME_SAMPLES if _states_length(sound) else missing
+        allowed = _EXTRA_FRAMES * _frame_samples(sound) if _states_length(sound) else missing
         if _has_frames(sound, position):
             raise AudioError(f"{sound.name} {_MORE}")
     else:
@@ -146,7 +146,9 @@ def _chunks(sound: SoundBytes) -> Iterator[tuple[bytes, int, int]]:
         if name == b"data" and wide is not None and length == 0xFFFF_FFFF:
             length = wide
         yield name, offset + 8, length
-        offset += 8 + length + length % 2
+        offset += 8 + length
+        # Chunks start at even bytes after a zero, but some writers leave the zero out.
+        offset += length % 2 and sound.read(offset, 1) == b"\0"
     raise AudioError(f"{sound.name} {_DAMAGED}")
 
 
@@ -160,7 +162,7 @@ def _check_chunks(sound: SoundBytes) -> None:
             raise AudioError(f"{sound.name} {_CUT}")
         if length > sound.size - first:
             break
-        end = first + length + length % 2
+        end = first + length
     _refuse_rest(sound, end)
 
 
@@ -194,6 +196,12 @@ def mp3_frame_length(head: bytes) -> int:
     if version == 3:
         return 144_000 * _BIT_RATES_1[bit_rate] // _RATES_1[rate] + padding
     return 72_000 * _BIT_RATES_2[bit_rate] // (_RATES_1[rate] // (2 if version == 2 else 4)) + padding
+
+
+def _frame_samples(sound: SoundBytes) -> int:
+    """Samples of one MP3 frame: version 1 has two granules, the others one."""
+    is_version_1 = sound.read(sound.start + 1, 1)[0] & 0x18 == 0x18
+    return _FRAME_SAMPLES_1 if is_version_1 else _FRAME_SAMPLES_2
 
 
 def _states_length(sound: SoundBytes) -> bool:

@@ -11,9 +11,11 @@ import json
 import platform
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from mt3_runtime.errors import BundleError, Mt3Error
+from mt3_runtime.bundle import open_bundle
+from mt3_runtime.devices import DEFAULT_SLOTS
+from mt3_runtime.errors import Mt3Error
 from mt3_runtime.machine import MIB, ROOT, Machine, describe_machine, package_versions
 from mt3_runtime.version import __version__
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
-    from mt3_runtime.specs import FeatureSpec, ModelSpec
+    from mt3_runtime.bundle import Bundle
 
 Level = Literal["ok", "warning", "error"]
 LEVELS: tuple[Level, ...] = ("ok", "warning", "error")
@@ -31,11 +33,10 @@ REQUIRED = ("numpy", "soundfile", "soxr", "pretty_midi", "mido", "tqdm")
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 INSTALL_CPU, INSTALL_CUDA = 'pip install "mt3-runtime[cpu]"', 'pip install "mt3-runtime[cuda]"'
 
-# Resident memory of a process that has imported everything and loaded nothing: 51 MiB measured, doubled.
+# Resident memory of a process that has imported everything and loaded nothing: 38 to 51 MiB measured, doubled.
 PROCESS_BYTES = 100 * MIB
-# Peak growth per byte of fp32 graph while ONNX Runtime 1.31 loads it: 1.2 to 1.3 measured.
-GRAPH_FACTOR = 1.5
-ROWS = 8
+# Peak growth per byte, measured with ONNX Runtime 1.31: 1.2 for weights (repacked), 1.4 for caches (activations).
+HEADROOM = 1.5
 
 # One Identity node on one float, opset 13: the smallest graph that makes a provider load its libraries.
 PROBE_GRAPH = bytes.fromhex(
@@ -69,25 +70,6 @@ class Engine:
     available: tuple[str, ...] = ()
     started: tuple[str, ...] = ()
     failure: str = ""
-
-
-class BundleFacts(Protocol):
-    """What the doctor reads of a bundle that has been opened and verified."""
-
-    @property
-    def model(self) -> ModelSpec:
-        """The network's sizes."""
-        ...
-
-    @property
-    def features(self) -> FeatureSpec:
-        """How audio becomes frames."""
-        ...
-
-    @property
-    def graph_bytes(self) -> int:
-        """Bytes of the graph files that one transcription loads."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,16 +122,14 @@ class Diagnosis:
 def diagnose(
     bundle: Path | None = None,
     *,
-    load: Callable[[Path], BundleFacts] | None = None,
-    try_session: Callable[[Path], None] | None = None,
+    start: Callable[[Path], object] | None = None,
     root: Path = ROOT,
 ) -> Diagnosis:
     """Look at this installation, this machine and, where one is given, a bundle.
 
     Args:
         bundle: folder to check.
-        load: opens and verifies a bundle; raises an Mt3Error if it is no good.
-        try_session: starts the bundle's graphs as transcription would; raises an Mt3Error if they do not start.
+        start: loads a bundle as transcription would; raises an Mt3Error if it does not start. None leaves it out.
         root: where /proc, /sys and /dev are found.
     """
     machine, engine, packages = describe_machine(root), probe_engine(), package_versions()
@@ -159,9 +139,8 @@ def diagnose(
         *check_extras(packages),
         *check_processor(machine),
     ]
-    facts, about_bundle = check_bundle(bundle, load, try_session) if bundle else (None, [])
-    findings += about_bundle
-    findings += check_memory(machine.memory_available, facts)
+    opened, about_bundle = check_bundle(bundle, start) if bundle else (None, [])
+    findings += [*about_bundle, *check_memory(machine.memory_available, opened)]
     return Diagnosis(
         runtime=__version__,
         python=platform.python_version(),
@@ -246,44 +225,48 @@ def check_processor(machine: Machine) -> list[Finding]:
     return findings
 
 
-def check_memory(available: int | None, facts: BundleFacts | None) -> list[Finding]:
-    """Report whether the memory that is needed, an estimate, can be had with a quarter to spare."""
-    needed = PROCESS_BYTES if facts is None else memory_needed(facts)
-    purpose = "without a bundle" if facts is None else f"to transcribe with {facts.model.name}"
-    text = f"about {_size(needed)} of memory is needed {purpose}, {_size(available)} is available"
-    if available is None or available >= needed * 1.25:
-        return [Finding("ok", text)]
-    fix = "close other programs, raise the container's memory limit, or use a smaller or int8 bundle"
-    return [Finding("warning" if available >= needed else "error", text, fix)]
-
-
-def check_bundle(
-    path: Path,
-    load: Callable[[Path], BundleFacts] | None,
-    try_session: Callable[[Path], None] | None,
-) -> tuple[BundleFacts | None, list[Finding]]:
-    """Report on a bundle's files, contents and graphs, in that order, up to the first that fails."""
+def check_bundle(path: Path, start: Callable[[Path], object] | None) -> tuple[Bundle | None, list[Finding]]:
+    """Report on a bundle's manifest, files and graphs, in that order, up to the first that fails."""
+    findings = []
     try:
-        findings = [Finding("ok", f"bundle {path}: {_size(_folder_bytes(path))} on disk")]
-        facts = load(path) if load else None
-        if facts is not None:
-            findings.append(Finding("ok", f"bundle {path}: verified, model {facts.model.name}"))
-        if try_session:
-            try_session(path)
+        bundle = open_bundle(path)
+        for name in bundle.manifest.files:
+            bundle.verify(name)
+        size = sum(record.size for record in bundle.manifest.files.values())
+        text = f"bundle {path}: {bundle.manifest.model.name}, {_size(size)} on disk, every file is as listed"
+        findings.append(Finding("ok", text))
+        if start:
+            start(path)
             findings.append(Finding("ok", f"bundle {path}: its graphs start"))
     except Mt3Error as error:
         # Every error of ours ends with ": what to do".
         what, _, fix = _one_line(error).rpartition(": ")
-        return None, [Finding("error", what or fix, fix if what else "export the bundle again")]
-    return facts, findings
+        return None, [*findings, Finding("error", what or fix, fix if what else "export the bundle again")]
+    except OSError as error:
+        text = f"bundle {path} cannot be read: {error.strerror}"
+        return None, [*findings, Finding("error", text, "check the path and its permissions")]
+    return bundle, findings
 
 
-def memory_needed(facts: BundleFacts, rows: int = ROWS) -> int:
-    """Estimate the peak resident bytes of a transcription: process, weights, and caches of `rows` rows."""
-    model = facts.model
-    positions = model.max_length + facts.features.segment_frames
+def check_memory(available: int | None, bundle: Bundle | None) -> list[Finding]:
+    """Report whether the memory that is needed, an estimate, can be had with a quarter to spare."""
+    needed = PROCESS_BYTES if bundle is None else memory_needed(bundle)
+    purpose = "without a bundle" if bundle is None else f"to transcribe with {bundle.manifest.model.name}"
+    text = f"about {_size(needed)} of memory is needed {purpose}, {_size(available)} is available"
+    if available is None or available >= needed * 1.25:
+        return [Finding("ok", text)]
+    fix = "close other programs, raise the container's memory limit, or use a smaller bundle"
+    return [Finding("warning" if available >= needed else "error", text, fix)]
+
+
+def memory_needed(bundle: Bundle, slots: int = DEFAULT_SLOTS) -> int:
+    """Estimate the peak resident bytes of a transcription on the CPU: process, weights, and caches of the slots."""
+    manifest, model = bundle.manifest, bundle.manifest.model
+    positions = model.max_length + manifest.features.segment_frames
     cache = 2 * model.decoder_layers * model.num_heads * model.d_kv * positions * 4  # keys and values, float32
-    return PROCESS_BYTES + round(GRAPH_FACTOR * facts.graph_bytes) + rows * cache
+    loaded = {name for entry in manifest.graphs if entry.lowering == "ort" for name in (entry.file, entry.weights)}
+    weights = sum(manifest.files[name].size for name in loaded)
+    return PROCESS_BYTES + round(HEADROOM * (weights + slots * cache))
 
 
 def _check_cuda(engine: Engine, *, nvidia: bool, reinstall: str) -> Finding:
@@ -310,15 +293,6 @@ def _runs_on(provider: str) -> bool:
     session = importlib.import_module("onnxruntime").InferenceSession(PROBE_GRAPH, providers=[provider])
     output = session.run(None, {"x": importlib.import_module("numpy").ones(1, "float32")})[0]
     return bool(session.get_providers()[0] == provider and output[0] == 1)
-
-
-def _folder_bytes(path: Path) -> int:
-    try:
-        if not (path / "manifest.json").is_file():
-            raise BundleError(f"{path} holds no manifest.json: name a folder written by mt3-export")
-        return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read ({error.strerror}): change its permissions") from error
 
 
 def _one_line(error: Exception) -> str:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     Source = str | os.PathLike[str] | ArrayLike
     Progress = Callable[[int, int], None]
 
+STAGES = ("read", "features", "encode", "decode", "notes")
 ENCODE_GROUP = 4  # segments; larger groups are no faster on a CPU and hold up the first note
 
 
@@ -174,7 +175,7 @@ class _Run:
             precision=backend.precision,
             runtime_version=__version__,
             audio_seconds=duration,
-            stage_seconds=self.clock.seconds,
+            stage_seconds={stage: self.clock.seconds.get(stage, 0.0) for stage in STAGES},
             real_time_factor=sum(self.clock.seconds.values()) / duration,
             segments=self.count,
             tokens=self.tokens,

@@ -12,7 +12,7 @@ class Backend(Protocol):
     """Encodes segments and steps rows. Slots 0..n-1 hold the n live rows; nothing else is ever computed.
 
     `slots` is how many rows fit, `length` how many positions each may take.
-    `device`, `provider` and `precision` name what really runs.
+    `device`, `provider`, `precision` and `threads` say what really runs.
     """
 
     slots: int
@@ -20,6 +20,7 @@ class Backend(Protocol):
     device: str
     provider: str
     precision: str
+    threads: int
 
     def encode(self, features: FloatArray) -> FloatArray:
         """Log-mel [segments, frames, bins] -> states [segments, channels, frames, d_model]."""

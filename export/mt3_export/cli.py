@@ -1,0 +1,158 @@
+"""The command `mt3-export`: checkpoints to bundles, and what is in them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mt3_export.published import PUBLISHED
+from mt3_runtime.cli import positive, report_errors
+from mt3_runtime.errors import CheckpointError
+from mt3_runtime.specs import FRONTENDS, POSITION_BASES
+from mt3_runtime.version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mt3_export.checkpoint import Checkpoint
+
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001 -- argparse names it no other way
+
+MODELS = ("mt3",)
+DIFFERS = 1  # exit code of `verify` when a graph is further from torch than it may be
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    return report_errors("mt3-export", lambda: command(arguments))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and options."""
+    parser = argparse.ArgumentParser(prog="mt3-export", description="Turn checkpoints of the MT3 family into bundles.")
+    parser.add_argument("--version", action="version", version=f"mt3-runtime {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_bundle(commands)
+    _add_verify(commands)
+    _add_inspect(commands)
+    _add_fetch(commands)
+    return parser
+
+
+def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, metavar="FILE|random:SEED", help="weights to export")
+    parser.add_argument("--position-base", type=int, choices=POSITION_BASES, help="255: Magenta's rule; 256: MR-MT3's")
+    parser.add_argument("--frontend", choices=FRONTENDS, help="log-mel the weights were trained with")
+    parser.add_argument("--mel-norm", choices=("on", "off"), help="whether it was scaled to 0..1")
+    parser.add_argument("--num-heads", type=positive, metavar="N", help="attention heads, where the file does not say")
+    parser.add_argument("--max-length", type=positive, metavar="N", help="longest token sequence of a segment")
+    parser.add_argument("--name", help="what the model is called in results (default: from the file)")
+
+
+def _add_bundle(commands: Commands) -> None:
+    parser = commands.add_parser("bundle", help="checkpoint to bundle")
+    parser.add_argument("--model", required=True, choices=MODELS)
+    _add_checkpoint_options(parser)
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to create")
+    parser.add_argument("--precision", choices=("fp32",), default="fp32", help="what the graphs compute in")
+    parser.add_argument("--weights", choices=("fp32", "fp16"), default="fp32", help="how matrices are stored")
+    parser.add_argument("--notice", default="", help="a line shown to everyone who uses the bundle")
+    parser.set_defaults(command=_bundle)
+
+
+def _add_verify(commands: Commands) -> None:
+    parser = commands.add_parser("verify", help="compare a bundle's graphs with torch, step by step")
+    parser.add_argument("bundle", type=Path, metavar="DIR")
+    _add_checkpoint_options(parser)
+    parser.add_argument("--segments", type=positive, default=2, metavar="N")
+    parser.add_argument("--steps", type=positive, default=64, metavar="N")
+    parser.add_argument("--json", action="store_true", help="one JSON array on standard output")
+    parser.set_defaults(command=_verify)
+
+
+def _add_inspect(commands: Commands) -> None:
+    parser = commands.add_parser("inspect", help="what a bundle holds; checks every file")
+    parser.add_argument("bundle", type=Path, metavar="DIR")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.set_defaults(command=_inspect)
+
+
+def _add_fetch(commands: Commands) -> None:
+    parser = commands.add_parser("fetch", help="download a published checkpoint and verify it")
+    parser.add_argument("name", choices=sorted(PUBLISHED))
+    parser.add_argument("--directory", type=Path, metavar="DIR", help="where to (default: the user's cache)")
+    parser.set_defaults(command=_fetch)
+
+
+def _load(arguments: argparse.Namespace) -> Checkpoint:
+    from dataclasses import replace  # noqa: PLC0415 -- torch takes seconds to import: not for --help
+
+    from mt3_export.checkpoint import load_checkpoint  # noqa: PLC0415
+
+    checkpoint = load_checkpoint(
+        arguments.checkpoint,
+        frontend=arguments.frontend,
+        mel_norm=None if arguments.mel_norm is None else arguments.mel_norm == "on",
+        position_base=arguments.position_base,
+        num_heads=arguments.num_heads,
+        max_length=arguments.max_length,
+    )
+    for warning in checkpoint.warnings:
+        print(f"note: {warning}", file=sys.stderr)
+    if arguments.name:
+        return replace(checkpoint, model=replace(checkpoint.model, name=arguments.name))
+    return checkpoint
+
+
+def _bundle(arguments: argparse.Namespace) -> int:
+    from mt3_export.bundle_writer import check_output, export_bundle  # noqa: PLC0415
+
+    check_output(arguments.output)  # before the work
+    checkpoint = _load(arguments)
+    export_bundle(
+        checkpoint,
+        arguments.output,
+        precision=arguments.precision,
+        weights_storage=arguments.weights,
+        notice=arguments.notice,
+    )
+    print(f"{arguments.output}: {checkpoint.model.name} from {checkpoint.source}", file=sys.stderr)
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from mt3_export.verify import verify_bundle  # noqa: PLC0415
+    from mt3_runtime.bundle import open_bundle  # noqa: PLC0415
+
+    bundle = open_bundle(arguments.bundle)
+    checkpoint = _load(arguments)
+    if checkpoint.model.max_length < arguments.steps:
+        raise CheckpointError(
+            f"--steps {arguments.steps} is more than max_length {checkpoint.model.max_length}: ask fewer"
+        )
+    reports = verify_bundle(bundle, checkpoint, segments=arguments.segments, steps=arguments.steps)
+    if arguments.json:
+        print(json.dumps([report.to_dict() for report in reports]))
+    else:
+        print("\n".join(report.to_text() for report in reports))
+    return 0 if all(report.passed for report in reports) else DIFFERS
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from mt3_export.inspection import inspect_bundle  # noqa: PLC0415
+
+    inspection = inspect_bundle(arguments.bundle)
+    print(json.dumps(inspection.to_dict(), indent=1) if arguments.json else inspection.to_text())
+    return 0
+
+
+def _fetch(arguments: argparse.Namespace) -> int:
+    from mt3_export.fetch import fetch_checkpoint  # noqa: PLC0415
+
+    print(fetch_checkpoint(arguments.name, arguments.directory))
+    return 0

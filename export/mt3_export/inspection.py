@@ -1,0 +1,72 @@
+"""What a bundle holds, checked byte by byte and said in a page."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import onnx
+
+from mt3_runtime.bundle import open_bundle
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mt3_runtime.manifest import Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """A verified bundle: its manifest and, by graph file, how often each operator occurs."""
+
+    manifest: Manifest
+    sha256: str
+    operators: dict[str, dict[str, int]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {"sha256": self.sha256, "manifest": asdict(self.manifest), "operators": self.operators}
+
+    def to_text(self) -> str:
+        """A page for a person."""
+        model, features, origin = self.manifest.model, self.manifest.features, self.manifest.origin
+        size = sum(record.size for record in self.manifest.files.values())
+        tools = ", ".join(f"{name} {version}" for name, version in origin.tools.items())
+        layers = f"{model.encoder_layers} + {model.decoder_layers} layers, d_model {model.d_model}, d_ff {model.d_ff}"
+        attention = f"{model.num_heads} heads x {model.d_kv}, position base {model.position_base}"
+        frames = (
+            f"{features.segment_frames} frames x {features.mel_bins} bins, {features.f_min:g}-{features.f_max:g} Hz"
+        )
+        norm = "on" if features.mel_norm else "off"
+        lines = [
+            f"{model.name} ({model.family}), bundle {self.sha256[:16]}, {size / 1e6:.1f} MB, every file verified",
+            f"from      {origin.checkpoint} (sha256 {origin.checkpoint_sha256}), weights in {origin.weights_storage}",
+            f"exported  by {origin.exporter} with {tools}",
+            f"network   {layers}, {attention}, vocabulary {model.vocab_size}, at most {model.max_length} tokens",
+            f"features  {features.frontend}, normalisation {norm}, {frames}",
+        ]
+        lines += [f"notice    {origin.notice}"] if origin.notice else []
+        for file, counts in self.operators.items():
+            kinds = ", ".join(f"{name} {count}" for name, count in counts.items())
+            lines.append(f"graph     {file}: {sum(counts.values())} nodes ({kinds})")
+        return "\n".join(lines)
+
+
+def inspect_bundle(path: Path) -> Inspection:
+    """Open a bundle, verify all of its files and count the operators of its graphs.
+
+    Raises:
+        BundleError: the bundle or one of its files is not what the manifest says.
+    """
+    bundle = open_bundle(path)
+    for name in bundle.manifest.files:
+        bundle.verify(name)
+    operators = {entry.file: _operators(bundle.read(entry.file)) for entry in bundle.manifest.graphs}
+    return Inspection(bundle.manifest, bundle.sha256, operators)
+
+
+def _operators(data: bytes) -> dict[str, int]:
+    nodes = onnx.load_model_from_string(data).graph.node
+    names = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in nodes)
+    return dict(names.most_common())

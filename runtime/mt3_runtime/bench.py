@@ -1,0 +1,125 @@
+"""Times a bundle on random features with a forced number of steps, so that every model and machine does equal work."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mt3_runtime.decoding import DecodingRules, Row, decode_rows
+from mt3_runtime.errors import OptionError
+from mt3_runtime.loading import load
+from mt3_runtime.machine import describe_machine, package_versions, peak_rss_mb
+from mt3_runtime.stopwatch import Stopwatch
+from mt3_runtime.transcriber import ENCODE_GROUP
+from mt3_runtime.version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from mt3_runtime.arrays import FloatArray
+    from mt3_runtime.backends import Backend
+
+
+@dataclass(frozen=True, slots=True)
+class BenchOptions:
+    """What to run: `segments` segments of `steps` tokens, at most `slots` at a time, `repeat` times."""
+
+    bundle: Path | None
+    device: str
+    threads: int | None
+    segments: int
+    steps: int
+    repeat: int
+    slots: int
+
+
+def bench(options: BenchOptions) -> dict[str, Any]:
+    """Measure one bundle; medians over `repeat` passes after one that is not counted.
+
+    Returns:
+        `encode_s` (all segments), `decode_ms_per_step` by number of rows, `total_s` (encode plus all steps of all
+        segments, scheduled as in a transcription), `load_s`, `peak_rss_mb`, and what was run where.
+
+    Raises:
+        OptionError: more steps than the model has positions.
+    """
+    started = perf_counter()
+    transcriber = load(options.bundle, options.device, slots=options.slots, threads=options.threads)
+    load_s = perf_counter() - started
+    backend, manifest = transcriber.backend, transcriber.bundle.manifest
+    if options.steps > backend.length:
+        raise OptionError(f"--steps {options.steps} is more than the model's {backend.length}: ask for fewer")
+    shape = (options.segments, manifest.features.segment_frames, manifest.features.mel_bins)
+    features = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    rules = DecodingRules(manifest.model.start_token, None, options.steps)
+    passes = [_one_pass(backend, features, rules) for _ in range(options.repeat + 1)][1:]
+    states = backend.encode(features[:1])[:, 0]  # [1, frames, d_model]
+    rows = sorted({1, min(options.segments, options.slots)})
+    steps = {str(n): [_decode(backend, states, n, options.steps) for _ in range(options.repeat + 1)][1:] for n in rows}
+    return {
+        "encode_s": median(encode for encode, _ in passes),
+        "decode_ms_per_step": {name: median(times) for name, times in steps.items()},
+        "total_s": median(total for _, total in passes),
+        "load_s": load_s,
+        "peak_rss_mb": peak_rss_mb(),
+        "segments": options.segments,
+        "steps": options.steps,
+        "repeat": options.repeat,
+        "slots": options.slots,
+        "model": manifest.model.name,
+        "bundle_sha256": transcriber.bundle.sha256,
+        "device": backend.device,
+        "provider": backend.provider,
+        "precision": backend.precision,
+        "threads": backend.threads,
+        "cpu": describe_machine().cpu_name,
+        "command": shlex.join(["mt3-run", *sys.argv[1:]]),
+        "versions": {"mt3-runtime": __version__, **{k: v for k, v in package_versions().items() if v}},
+    }
+
+
+def to_text(result: dict[str, Any]) -> str:
+    """The figures for a person."""
+    rows = ", ".join(f"{count} rows {ms:.2f}" for count, ms in result["decode_ms_per_step"].items())
+    return (
+        f"{result['model']} on {result['device']} ({result['provider']}, {result['precision']}, "
+        f"{result['threads']} threads, {result['cpu']})\n"
+        f"load    {result['load_s']:.2f} s\n"
+        f"encode  {result['encode_s']:.3f} s for {result['segments']} segments\n"
+        f"decode  {rows} ms a step\n"
+        f"total   {result['total_s']:.3f} s for {result['segments']} segments x {result['steps']} steps\n"
+        f"memory  {result['peak_rss_mb']:.0f} MB at the peak"
+    )
+
+
+def _one_pass(backend: Backend, features: FloatArray, rules: DecodingRules) -> tuple[float, float]:
+    """Encode and decode everything: seconds of encoding, and of all."""
+    clock = Stopwatch()
+
+    def rows() -> Iterator[Row]:
+        for first in range(0, len(features), ENCODE_GROUP):
+            with clock.stage("encode"):
+                states = backend.encode(features[first : first + ENCODE_GROUP])
+            for i, (channel,) in enumerate(states):
+                yield Row(first + i, channel)
+
+    for _ in clock.each("decode", decode_rows(backend, rows(), rules)):
+        pass
+    return clock.seconds["encode"], sum(clock.seconds.values())
+
+
+def _decode(backend: Backend, states: FloatArray, rows: int, steps: int) -> float:
+    """Milliseconds of one step over `rows` rows, over `steps` steps from the start."""
+    backend.admit(0, np.repeat(states, rows, axis=0))
+    tokens = np.zeros(rows, np.int32)
+    started = perf_counter()
+    for position in range(steps):
+        tokens = backend.step(tokens, np.full(rows, position, np.int32))[0]
+    return (perf_counter() - started) / steps * 1e3

@@ -1,0 +1,148 @@
+"""The command `mt3-run`. Data goes to standard output or files, words for people to standard error."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mt3_runtime.devices import DEFAULT_SLOTS, DEVICES
+from mt3_runtime.errors import Mt3Error
+from mt3_runtime.version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001 -- argparse names it no other way
+
+FAILED, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for an error that was explained, 130 when interrupted."""
+    arguments = build_parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    return report_errors("mt3-run", lambda: command(arguments))
+
+
+def report_errors(program: str, command: Callable[[], int]) -> int:
+    """Run `command`; an error of ours becomes one line on standard error and exit code 2."""
+    try:
+        return command()
+    except Mt3Error as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and options."""
+    parser = argparse.ArgumentParser(prog="mt3-run", description="Transcribe audio to MIDI with MT3-family models.")
+    parser.add_argument("--version", action="version", version=f"mt3-runtime {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_transcribe(commands)
+    _add_bench(commands)
+    _add_doctor(commands)
+    _add_demo(commands)
+    return parser
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bundle", type=Path, metavar="DIR", help="folder made by mt3-export (default: embedded demo)")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="where to run (default: auto)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: the usable cores)")
+
+
+def _add_transcribe(commands: Commands) -> None:
+    parser = commands.add_parser("transcribe", help="audio files to MIDI")
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="IN", help="sound files: WAV, FLAC, AIFF, MP3, OGG")
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT.mid", help="MIDI file, for one input")
+    parser.add_argument("--json", type=Path, metavar="OUT.json", help="notes and provenance, for one input")
+    parser.add_argument("--picture", type=Path, metavar="OUT.png", help="piano roll, for one input")
+    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="folder for IN's name with .mid (default: .)")
+    parser.add_argument(
+        "--formats", default="mid", metavar="LIST", help="with --output-dir: some of mid,json,png (default: mid)"
+    )
+    parser.add_argument("--slots", type=positive, default=DEFAULT_SLOTS, metavar="N", help="segments side by side")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    _add_model_options(parser)
+    parser.set_defaults(command=_transcribe)
+
+
+def _add_bench(commands: Commands) -> None:
+    parser = commands.add_parser("bench", help="time a bundle on random input with a forced number of steps")
+    parser.add_argument("--segments", type=positive, default=8, metavar="N")
+    parser.add_argument("--steps", type=positive, default=64, metavar="N", help="decode steps of every segment")
+    parser.add_argument("--repeat", type=positive, default=5, metavar="N", help="passes; medians are reported")
+    parser.add_argument("--slots", type=positive, default=DEFAULT_SLOTS, metavar="N", help="segments side by side")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    _add_model_options(parser)
+    parser.set_defaults(command=_bench)
+
+
+def _add_doctor(commands: Commands) -> None:
+    parser = commands.add_parser("doctor", help="check this machine, this installation and a bundle")
+    parser.add_argument("--bundle", type=Path, metavar="DIR", help="bundle to check (default: embedded demo)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.set_defaults(command=_doctor)
+
+
+def _add_demo(commands: Commands) -> None:
+    parser = commands.add_parser("demo", help="transcribe the embedded clip with the embedded demo model")
+    parser.add_argument("--output-dir", type=Path, default=Path("demo-output"), metavar="DIR")
+    parser.set_defaults(command=_demo)
+
+
+# Each command imports what it needs, so that `mt3-run --help` answers at once and `doctor` runs where others cannot.
+
+
+def _transcribe(arguments: argparse.Namespace) -> int:
+    from mt3_runtime.transcribe_command import plan_jobs, transcribe_jobs  # noqa: PLC0415
+
+    jobs = plan_jobs(arguments)
+    failures = transcribe_jobs(jobs, arguments)
+    return FAILED if failures else 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from mt3_runtime.bench import BenchOptions, bench, to_text  # noqa: PLC0415
+
+    names = ("bundle", "device", "threads", "segments", "steps", "repeat", "slots")
+    result = bench(BenchOptions(**{name: getattr(arguments, name) for name in names}))
+    print(json.dumps(result) if arguments.json else to_text(result))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from mt3_runtime.bundle import demo_bundle_path  # noqa: PLC0415
+    from mt3_runtime.doctor import diagnose  # noqa: PLC0415
+
+    diagnosis = diagnose(arguments.bundle or demo_bundle_path(), start=_start)
+    print(diagnosis.to_json() if arguments.json else diagnosis.to_text())
+    return diagnosis.exit_code
+
+
+def _start(bundle: Path) -> None:
+    """Run one segment and one step, as a transcription would."""
+    from mt3_runtime.loading import load, warm_up  # noqa: PLC0415
+
+    warm_up(load(bundle, slots=1))
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from mt3_runtime.demo import run_demo  # noqa: PLC0415
+
+    print(run_demo(arguments.output_dir))
+    return 0

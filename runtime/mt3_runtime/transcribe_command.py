@@ -1,0 +1,144 @@
+"""`mt3-run transcribe`: which files are written where, and one file after the other."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mt3_runtime.errors import Mt3Error, OptionError, OutputError
+from mt3_runtime.loading import load
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+    from mt3_runtime.transcriber import Transcriber
+    from mt3_runtime.transcription import Transcription
+
+FORMATS = ("mid", "json", "png")
+LONG_SECONDS = 2.0  # a progress bar appears for work that has taken as long
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One input and the files to write for it."""
+
+    source: Path
+    outputs: tuple[Path, ...]
+
+
+def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
+    """Decide every output before any work is done.
+
+    Raises:
+        OptionError: options contradict each other, or two results would have one name.
+        OutputError: an output cannot be written.
+    """
+    named = [path for path in (arguments.output, arguments.json, arguments.picture) if path is not None]
+    if named and len(arguments.inputs) > 1:
+        raise OptionError("-o, --json and --picture name one file each: use --output-dir and --formats for many inputs")
+    if arguments.output is not None and arguments.output_dir is not None:
+        raise OptionError("-o and --output-dir both say where the MIDI file goes: give one of them")
+    formats = arguments.formats.split(",")
+    if unknown := [name for name in formats if name not in FORMATS]:
+        raise OptionError(f"unknown format {unknown[0]!r}: use some of {','.join(FORMATS)}, separated by commas")
+    folder = arguments.output_dir or Path()
+    jobs = []
+    for source in arguments.inputs:
+        automatic = [] if arguments.output else [folder / f"{source.stem}.{suffix}" for suffix in formats]
+        jobs.append(Job(source, (*named, *automatic)))
+    _check_suffixes(arguments)
+    _check_clashes(jobs)
+    if arguments.output_dir is not None:
+        _make_folder(folder)
+    for path in (path for job in jobs for path in job.outputs):
+        _check_writable(path)
+    return jobs
+
+
+def transcribe_jobs(jobs: Sequence[Job], arguments: argparse.Namespace) -> int:
+    """Transcribe every job; returns how many failed. A failed one is reported and keeps nobody else from being done."""
+    transcriber = load(arguments.bundle, arguments.device, slots=arguments.slots, threads=arguments.threads)
+    failures = 0
+    for job in jobs:
+        try:
+            transcription, notices = _run(transcriber, job, quiet=arguments.quiet)
+        except Mt3Error as error:
+            print(f"mt3-run: error: {error}", file=sys.stderr)
+            failures += 1
+            continue
+        if not arguments.quiet:
+            _tell(job, transcription, notices)
+    if failures and len(jobs) > 1:
+        print(f"mt3-run: {failures} of {len(jobs)} files failed, {len(jobs) - failures} were written", file=sys.stderr)
+    return failures
+
+
+def _run(transcriber: Transcriber, job: Job, *, quiet: bool) -> tuple[Transcription, list[str]]:
+    from tqdm import tqdm  # noqa: PLC0415 -- not needed to say that an option is wrong
+
+    with tqdm(
+        desc=job.source.name, unit="segment", delay=LONG_SECONDS, leave=False, disable=quiet or not sys.stderr.isatty()
+    ) as bar:
+
+        def progress(done: int, count: int) -> None:
+            bar.total = count
+            bar.update(done - bar.n)
+
+        transcription = transcriber.transcribe(job.source, progress=progress)
+    notices = list(transcription.warnings)
+    for path in job.outputs:
+        notices += [notice for notice in transcription.save(path) if notice not in notices]
+    return transcription, notices
+
+
+def _tell(job: Job, transcription: Transcription, notices: Sequence[str]) -> None:
+    provenance = transcription.provenance
+    speed = 1 / provenance.real_time_factor if provenance.real_time_factor else 0.0
+    print(
+        f"{job.source} -> {', '.join(map(str, job.outputs))}: {len(transcription.notes)} notes, "
+        f"{transcription.duration:.1f} s of audio in {sum(provenance.stage_seconds.values()):.2f} s "
+        f"({speed:.1f} x real time, {provenance.device})",
+        file=sys.stderr,
+    )
+    for notice in notices:
+        print(f"  note: {notice}", file=sys.stderr)
+
+
+def _check_suffixes(arguments: argparse.Namespace) -> None:
+    wanted = ((arguments.output, (".mid", ".midi")), (arguments.json, (".json",)), (arguments.picture, (".png",)))
+    for path, suffixes in wanted:
+        if path is not None and path.suffix.lower() not in suffixes:
+            raise OptionError(f"{path} does not end in {' or '.join(suffixes)}: name it so")
+
+
+def _check_clashes(jobs: Sequence[Job]) -> None:
+    """Refuse to write one file twice, or over an input."""
+    owners: dict[str, Path] = {os.path.realpath(job.source): job.source for job in jobs}
+    for job in jobs:
+        for path in job.outputs:
+            other = owners.setdefault(os.path.realpath(path), job.source)
+            if other is not job.source or os.path.realpath(path) == os.path.realpath(job.source):
+                raise OptionError(
+                    f"{path} would be written for {job.source}, but belongs to {other}: use other folders"
+                )
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot create folder {folder} ({error.strerror}): choose another --output-dir") from error
+
+
+def _check_writable(path: Path) -> None:
+    """Say now, not after the work, that a result cannot be written."""
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder: name a file in it")
+    if not path.parent.is_dir():
+        raise OutputError(f"folder {path.parent} does not exist: create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"folder {path.parent} is write-protected: choose another one")
