@@ -329,18 +329,27 @@ def test_both_onnxruntimes_installed_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("source", "why"),
+    ("name", "source", "text", "why"),
     [
-        ("raise ImportError('libonnxruntime.so.1: cannot open shared object file')", "cannot open shared object"),
-        ("", "has no attribute 'get_available_providers'"),
+        ("onnxruntime", "raise ImportError('libonnxruntime.so.1: cannot open')", "onnxruntime does not work",
+         "libonnxruntime.so.1: cannot open"),
+        ("onnxruntime", "", "onnxruntime does not work", "has no attribute 'get_available_providers'"),
+        ("soundfile", "raise OSError('sndfile library not found')", "soundfile cannot be imported",
+         "sndfile library not found"),
+        ("numpy", "raise ImportError('wrong platform')", "numpy cannot be imported", "wrong platform"),
     ],
-)
-def test_a_broken_onnxruntime_is_a_finding_not_a_traceback(tmp_path, source, why):
-    package = Path(tmp_path) / "onnxruntime"
+)  # fmt: skip
+def test_a_broken_package_is_a_finding_not_a_traceback(tmp_path, tiny_folder, name, source, text, why):
+    package = tmp_path / name
     package.mkdir()
     (package / "__init__.py").write_text(source)
-    done = run(["-c", REPORT], tmp_path)
-    assert "onnxruntime does not work" in done.stdout
+    code = (
+        "import sys, mt3_runtime; from pathlib import Path; from mt3_runtime.doctor import diagnose\n"
+        "start = lambda path: mt3_runtime.load(path)\n"
+        "diagnosis = diagnose(Path(sys.argv[1]), start=start); print(diagnosis.to_text(), diagnosis.exit_code)"
+    )
+    done = run(["-c", code, str(tiny_folder)], tmp_path)
+    assert f"error    {text}" in done.stdout
     assert why in done.stdout
-    assert done.stdout.endswith("\n1\n")
-    assert not done.stderr
+    assert done.stdout.endswith(" 1\n")
+    assert "mt3_runtime" not in done.stderr  # ONNX Runtime itself prints why it cannot have numpy

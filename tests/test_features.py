@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import math
 import tracemalloc
 from dataclasses import replace
@@ -18,6 +19,7 @@ TORCHAUDIO = FeatureSpec("torchaudio", mel_norm=False)
 SPECS = {"ddsp": DDSP, "torchaudio": TORCHAUDIO}
 SILENT = np.float32(math.log(1e-5))
 EMPTY_FILTERS = [1, 10]
+SIGNALS = signals()
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,7 @@ def log_mel(spec: FeatureSpec, samples: np.ndarray, real: int = 256) -> np.ndarr
     return LogMel(spec)(samples[None], [real])[0]
 
 
+@functools.cache
 def exact_matrix(frontend: str) -> np.ndarray:
     """The filters from their definition, one weight at a time, in Python floats: [1025, 512]."""
 
@@ -115,10 +118,10 @@ def test_features_equal_other_libraries(
     assert difference.mean() < mean
 
 
-@pytest.mark.parametrize("name", signals())
+@pytest.mark.parametrize("name", SIGNALS)
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_features_equal_the_fourier_sum(spec: FeatureSpec, name: str, fourier: np.ndarray):
-    samples = signals()[name]
+    samples = SIGNALS[name]
     window = np.sin(np.pi * np.arange(2048) / 2048) ** 2
     frames = [0, 70, 78, 128, 241, 255]
     longer = np.append(samples.astype(np.float64), np.zeros(2048))
@@ -185,7 +188,7 @@ def test_padding_frames_are_zero_after_normalisation(mel_norm: bool, real: int):
 
 
 def test_a_segment_does_not_depend_on_its_neighbours():
-    segments = np.stack([*signals().values()])
+    segments = np.stack([*SIGNALS.values()])
     real = [256 - index for index in range(len(segments))]
     together = LogMel(DDSP)(segments, real)
     for index in range(len(segments)):

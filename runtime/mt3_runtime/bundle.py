@@ -74,9 +74,9 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
         BundleError: no folder, no manifest, or one that is broken or of another version.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        problem = "is not a folder" if folder.exists() else "does not exist"
-        raise BundleError(f"bundle {folder} {problem}: name a folder made by mt3-export bundle")
+    if not os.path.isdir(folder):  # noqa: PTH112 -- pathlib's raises for a name that is too long
+        problem = "is not a folder" if os.path.lexists(folder) else "does not exist"
+        raise BundleError(f"bundle {folder!s:.200} {problem}: name a folder made by mt3-export bundle")
     with _open_regular(folder, MANIFEST_NAME) as stream:
         text = stream.read(MANIFEST_LIMIT + 1)
     return Bundle(folder, read_manifest(text), hashlib.sha256(text).hexdigest())

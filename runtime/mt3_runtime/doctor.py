@@ -242,9 +242,10 @@ def check_bundle(path: Path, start: Callable[[Path], object] | None) -> tuple[Bu
         # Every error of ours ends with ": what to do".
         what, _, fix = _one_line(error).rpartition(": ")
         return None, [*findings, Finding("error", what or fix, fix if what else "export the bundle again")]
-    except OSError as error:
-        text = f"bundle {path} cannot be read: {error.strerror}"
-        return None, [*findings, Finding("error", text, "check the path and its permissions")]
+    except Exception as error:  # noqa: BLE001 - a broken package shows first where it is used
+        text = f"bundle {path} cannot be used: {_one_line(error)}"
+        fix = "put right what else is reported here; if nothing is, check the path and its permissions"
+        return None, [*findings, Finding("error", text, fix)]
     return bundle, findings
 
 
