@@ -26,15 +26,15 @@ MAGENTA_BASE = 255  # of POSITION_BASES
 
 
 def sinusoid(length: int, width: int, base: int) -> Tensor:
-    """Position codes [length, width]: sines of all frequencies, then cosines, in float32 as upstream computes them.
+    """Position codes [length, width] in float32: sines of all frequencies, then cosines.
 
-    `base` is `ModelSpec.position_base`.
+    `base` is `ModelSpec.position_base`. Magenta computes its table in float64 (`layers.py`), the ports in float32.
     """
     count = width // 2
-    divisor = count - 1 if base == MAGENTA_BASE else count
-    frequencies = 1.0 / 10000.0 ** (torch.arange(count, dtype=torch.float32) / divisor)
-    angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
-    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+    divisor, dtype = (count - 1, torch.float64) if base == MAGENTA_BASE else (count, torch.float32)
+    frequencies = 1.0 / 10000.0 ** (torch.arange(count, dtype=dtype) / divisor)
+    angles = torch.arange(length, dtype=dtype)[:, None] * frequencies
+    return torch.cat((angles.sin(), angles.cos()), dim=-1).float()
 
 
 class Weights:

@@ -117,7 +117,8 @@ class _Run:
 
     def __init__(self, transcriber: Transcriber, audio: Source, sample_rate: int | None) -> None:
         self.transcriber, self.clock = transcriber, Stopwatch()
-        self.features, self.vocabulary = (getattr(transcriber.bundle.manifest, n) for n in ("features", "vocabulary"))
+        self.features = transcriber.bundle.manifest.features
+        self.vocabulary = transcriber.bundle.manifest.vocabulary
         with self.clock.stage("read"):
             self.audio = _read(audio, sample_rate, self.features.sample_rate)  # [samples]
         self.count = segment_count(len(self.audio), self.features)

@@ -43,8 +43,8 @@ TINY = ModelSpec(
     start_token=0,
     end_token=1,
 )
-TINY_SEED = 1
-STRIDE = 12  # one logit in so many is kept in the golden data, in each step others
+TINY_SEED = 19  # with it rows end early, late and not at all, without a near-tie
+STRIDE = 16  # one logit in so many is kept in the golden data, in each step others
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,6 +100,8 @@ def fingerprint(tensors: Mapping[str, Tensor], features: np.ndarray) -> str:
 def find_python() -> Path | None:
     """The oracle's python: $MT3_ORACLE, else that of `.oracle`, which scripts/oracle builds; None without either."""
     if named := os.environ.get("MT3_ORACLE"):
+        if not Path(named).is_file():  # a slip must not pass for an oracle that is not there
+            raise RuntimeError(f"MT3_ORACLE names {named}, which is no file: name the oracle's python, or unset it")
         return Path(named)
     built = HERE.parents[1] / ".oracle" / "bin" / "python"
     return built if built.exists() else None
