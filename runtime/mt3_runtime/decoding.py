@@ -48,11 +48,19 @@ class DecodedRow:
 
 @dataclass(frozen=True, slots=True)
 class DecodingRules:
-    """How a sequence starts and ends. Without `end_token` every row takes `max_tokens` steps."""
+    """How a sequence starts and ends. Without `end_token` every row takes `max_tokens` steps.
+
+    Raises:
+        OptionError: `max_tokens` is not positive.
+    """
 
     start_token: int
     end_token: int | None
     max_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise OptionError(f"{self.max_tokens} tokens a row decode nothing: ask for 1 or more")
 
 
 @dataclass(slots=True)

@@ -35,13 +35,13 @@ def load(
         BundleError: the bundle is broken, tampered with or of another version.
         DependencyError: onnxruntime is not installed.
         DeviceError: the device is not one of this version's.
-        OptionError: `slots` or `threads` is not positive.
+        OptionError: `slots` or `threads` is not a positive whole number.
     """
     if device not in DEVICES:
         raise DeviceError(f"device {device!r} is not one of this version's: use one of {', '.join(DEVICES)}")
-    for name, value in (("slots", slots), ("threads", threads)):
-        if value is not None and value < 1:
-            raise OptionError(f"{name} is {value}: give 1 or more")
+    for name, value in (("slots", slots), ("threads", 1 if threads is None else threads)):
+        if not isinstance(value, int) or value < 1:
+            raise OptionError(f"{name} is {value!r}: give a whole number of 1 or more")
     opened = open_bundle(demo_bundle_path() if bundle is None else bundle)
     name = DEMO_NAME if bundle is None else str(bundle)
     return Transcriber(opened, OrtBackend(opened, slots=slots, threads=threads), name=name)

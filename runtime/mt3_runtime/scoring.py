@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mt3_runtime.notes import Note
 
 ONSET_TOLERANCE = 0.05  # seconds, as in mir_eval
+DIGITS = 4  # of a distance, as in mir_eval: onsets on a grid are often exactly 50 ms apart, but for float64
 
 
 def onset_f1(notes: Sequence[Note], reference: Sequence[Note]) -> float:
@@ -35,9 +36,9 @@ def match_onsets(notes: Sequence[Note], reference: Sequence[Note]) -> tuple[set[
     for index in sorted(range(len(notes)), key=lambda index: notes[index].onset):
         onset = notes[index].onset
         candidates = waiting[notes[index].is_drum, notes[index].pitch]
-        while candidates and reference[candidates[-1]].onset < onset - ONSET_TOLERANCE:
+        while candidates and round(reference[candidates[-1]].onset - onset, DIGITS) < -ONSET_TOLERANCE:
             candidates.pop()
-        if candidates and reference[candidates[-1]].onset <= onset + ONSET_TOLERANCE:
+        if candidates and round(reference[candidates[-1]].onset - onset, DIGITS) <= ONSET_TOLERANCE:
             met.add(candidates.pop())
             found.add(index)
     return found, met

@@ -6,7 +6,7 @@ import os
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -197,7 +197,7 @@ class _Run:
         return (
             *([notice] if notice else []),
             *(
-                f"segments {', '.join(map(str, segments))} {told[status]}"
+                f"segments {ranges(segments)} {told[status]}"
                 for status, segments in self.unfinished.items()
                 if segments
             ),
@@ -215,6 +215,12 @@ def in_order(rows: Iterable[DecodedRow]) -> Iterator[DecodedRow]:
         while due in held:
             yield held.pop(due)
             due += 1
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers with runs written short: 0-2, 5."""
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def _read(audio: Source, sample_rate: int | None, wanted: int) -> FloatArray:

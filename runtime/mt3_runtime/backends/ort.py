@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mt3_runtime.errors import BundleError, DependencyError
+from mt3_runtime.errors import BundleError, DependencyError, OptionError
 from mt3_runtime.graphs import GRAPH_NAMES
 from mt3_runtime.machine import default_threads
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 LOWERING = "ort"
 PROVIDER = "CPUExecutionProvider"
+TYPES = {"float32": "tensor(float)", "int32": "tensor(int32)"}
 
 
 def import_onnxruntime() -> Any:
@@ -39,6 +41,11 @@ class OrtBackend:
 
     Every slot has its own stretch of every cache; slots 0..n-1 are one contiguous prefix, so that n live rows are a
     batch of n without a copy, and a step writes its keys and values where they stay.
+
+    Raises:
+        BundleError: see `open_session`.
+        DependencyError: onnxruntime is not installed.
+        OptionError: `slots` is not positive, or `length` is not in 1..max_length of the model.
     """
 
     def __init__(
@@ -52,7 +59,11 @@ class OrtBackend:
     ) -> None:
         self._ort = import_onnxruntime()
         model, features = bundle.manifest.model, bundle.manifest.features
-        self.slots, self.length = slots, length or model.max_length
+        self.slots, self.length = slots, model.max_length if length is None else length
+        if slots < 1 or not 1 <= self.length <= model.max_length:
+            raise OptionError(
+                f"{slots} slots of {self.length} positions: give 1 or more slots, and 1 to {model.max_length} positions"
+            )
         self.device, self.provider, self.precision = "cpu", PROVIDER, precision
         self.threads = threads or default_threads()
         entries = [bundle.graph(name, LOWERING, precision) for name in GRAPH_NAMES]
@@ -128,7 +139,8 @@ def open_session(bundle: Bundle, entry: GraphFile, *, threads: int) -> Any:
     """An onnxruntime.InferenceSession over one verified graph and its verified weights, on the CPU.
 
     Raises:
-        BundleError: a file is not what the manifest lists, or ONNX Runtime refuses the graph.
+        BundleError: a file is not what the manifest lists, ONNX Runtime refuses the graph, or the graph does not
+            keep its contract.
     """
     ort = import_onnxruntime()
     data = bundle.read(entry.file)
@@ -140,7 +152,15 @@ def open_session(bundle: Bundle, entry: GraphFile, *, threads: int) -> Any:
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
     try:
-        return ort.InferenceSession(data, options, providers=[PROVIDER])
+        # The thread that makes a process's first session computes without denormals for ever after: not the caller's.
+        with ThreadPoolExecutor(max_workers=1) as executor:
+            session = executor.submit(ort.InferenceSession, data, options, providers=[PROVIDER]).result()
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise BundleError(f"ONNX Runtime cannot load {entry.file} of {bundle.path} ({reason}): export again") from error
+    contract = next(spec for spec in bundle.manifest.contracts if spec.name == entry.graph)
+    for nodes, tensors in ((session.get_inputs(), contract.inputs), (session.get_outputs(), contract.outputs)):
+        found = [(node.name, node.type, tuple(node.shape)) for node in nodes]
+        if found != [(tensor.name, TYPES[tensor.dtype], tensor.shape) for tensor in tensors]:
+            raise BundleError(f"{entry.file} of {bundle.path} is not the {entry.graph} graph: export again")
+    return session

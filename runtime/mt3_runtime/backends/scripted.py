@@ -86,7 +86,7 @@ class ScriptedBackend:
         if slots < 1 or length < 1:
             raise OptionError(f"{slots} slots of {length} positions hold no row: give 1 or more of each")
         self.slots, self.length = slots, length
-        self.device, self.provider, self.precision = "scripted", "ScriptedBackend", "fp32"
+        self.device, self.provider, self.precision, self.threads = "scripted", "ScriptedBackend", "fp32", 1
         self.calls: list[Admitted | Stepped | Moved] = []
         self._scripts, self._retries = dict(scripts), dict(retries or {})
         for key, script in (*self._scripts.items(), *self._retries.items()):
