@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import shutil
 import subprocess
 import sys
@@ -13,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
+from bundle_cases import forge
 from conftest import TINY_FEATURES, TINY_MODEL
 from mt3_runtime.backends.ort import OrtBackend
 from mt3_runtime.bundle import open_bundle
@@ -235,11 +234,7 @@ def test_without_onnxruntime_the_fix_is_named(tiny_folder, monkeypatch):
 def refusal(folder, copy, file, data):
     """Replace one file of a bundle, list it as if it belonged there, and return why it is refused."""
     shutil.copytree(folder, copy)
-    (copy / file).write_bytes(data)
-    manifest = json.loads((copy / "manifest.json").read_bytes())
-    manifest["files"][file] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    bundle = open_bundle(copy)
+    bundle = open_bundle(forge(copy, {file: data}))
     with pytest.raises(BundleError) as caught:
         OrtBackend(bundle, slots=1)
     message = str(caught.value)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from bundle_cases import seal
 from mt3_runtime import transcriber
 from mt3_runtime.backends.scripted import ScriptedBackend
 from mt3_runtime.errors import AudioError, OptionError
@@ -75,7 +76,7 @@ def musical(tiny_folder, tmp_path_factory):
     shutil.copytree(tiny_folder, folder)
     manifest = json.loads((folder / "manifest.json").read_bytes())
     manifest["vocabulary"] |= {"max_shift_steps": 10, "velocity_bins": 718}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_bytes(seal(manifest))
     return folder
 
 

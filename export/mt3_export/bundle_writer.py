@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import os
 import secrets
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -15,8 +17,9 @@ import onnx_ir as ir
 from mt3_export.lowering import LOWERINGS
 from mt3_export.network import build_modules
 from mt3_export.onnx_graph import PREFIX, trace
+from mt3_export.state import printable
 from mt3_export.weights_file import WeightsFile
-from mt3_runtime.errors import BundleError, OutputError
+from mt3_runtime.errors import BundleError, OptionError, OutputError
 from mt3_runtime.graphs import graph_specs
 from mt3_runtime.manifest import (
     FORMAT,
@@ -27,6 +30,7 @@ from mt3_runtime.manifest import (
     GraphFile,
     Manifest,
     Origin,
+    read_manifest,
     write_manifest,
 )
 from mt3_runtime.specs import VocabularySpec
@@ -57,13 +61,16 @@ def export_bundle(
 
     Raises:
         OutputError: `output` exists, or cannot be written.
+        OptionError: `notice` is not one printable line, or the weights do not fit fp16.
         BundleError: a traced graph does not keep its contract.
     """
+    if not notice.isprintable():
+        raise OptionError("the notice holds a line break or a control character: give one line of text")
     with _new_folder(output) as folder:
         graphs = _write_graphs(checkpoint, folder, precision, weights_storage)
         files = {path.name: _record(path) for path in sorted(folder.iterdir())}
         origin = Origin(
-            checkpoint=checkpoint.source,
+            checkpoint=printable(checkpoint.source),
             checkpoint_sha256=checkpoint.sha256,
             weights_storage=weights_storage,
             exporter=f"mt3-runtime {__version__}",
@@ -86,6 +93,7 @@ def export_bundle(
             raise BundleError(
                 f"the manifest would take {len(text)} bytes, more than {MANIFEST_LIMIT}: shorten the notice"
             )
+        read_manifest(text)  # what no runtime would read is not written
         (folder / MANIFEST_NAME).write_bytes(text)
     return output
 
@@ -119,14 +127,19 @@ def _record(path: Path) -> FileRecord:
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
     """A folder that takes the name `output` when the block ends well, and vanishes when it does not."""
-    check_output(output)
     temporary = output.parent / f".{output.name}.{secrets.token_hex(6)}.partial"
     try:
+        check_output(output)
         remove_leftovers(output)
         temporary.mkdir()
-        yield temporary
-        _sync(temporary)
-        temporary.rename(output)
+        with _claim(temporary):
+            yield temporary
+            _sync(*temporary.iterdir(), temporary)
+            temporary.rename(output)
+            with suppress(OSError):  # some disks refuse, and the bundle is whole either way
+                _sync(output.parent)
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(
             f"cannot write {output} ({error.strerror}): free some space or choose another --output"
@@ -144,14 +157,40 @@ def check_output(output: Path) -> None:
 
 
 def remove_leftovers(output: Path) -> None:
-    """Remove what a killed export of the same name left behind."""
-    for path in output.parent.glob(f".{output.name}.*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove what killed exports of the same name left behind; what is still being written stays."""
+    for path in output.parent.glob(f".{glob.escape(output.name)}.{'[0-9a-f]' * 12}.partial"):
+        with suppress(OSError), _claim(path) as claimed:
+            if claimed:
+                shutil.rmtree(path, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
-    """Have everything on the disk before the final name points at it."""
-    for path in (*folder.iterdir(), folder):
+@contextmanager
+def _claim(folder: Path) -> Iterator[bool]:
+    """Hold the folder's lock, which ends with the process; False where the file system has no locks.
+
+    Raises:
+        OSError: somebody else holds it, or it is not a folder.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        yield _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+def _sync(*paths: Path) -> None:
+    """Have files and folders on the disk before the next name points at them."""
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

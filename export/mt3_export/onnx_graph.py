@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import warnings
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-import onnx_ir as ir
 import torch
 
 from mt3_runtime.errors import BundleError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import onnx_ir as ir
 
     from mt3_runtime.graphs import GraphSpec, TensorSpec
 
@@ -48,8 +50,8 @@ def trace(module: torch.nn.Module, spec: GraphSpec) -> ir.Model:
     if program is None:  # pragma: no cover -- only the old exporter returns nothing
         raise BundleError(f"torch exported no graph for {spec.name}: use torch >= 2.10")
     model = program.model
-    _tidy(model, spec)
     _check_contract(model.graph, spec)
+    _tidy(model, spec)
     return model
 
 
@@ -85,7 +87,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _tidy(model: ir.Model, spec: GraphSpec) -> None:
-    """Unname outputs that nobody reads, name the free axes, and drop what only a debugger wants."""
+    """Unname outputs that nobody reads, and drop what only a debugger wants."""
     graph = model.graph
     kept = set(graph.outputs)
     for node in graph:
@@ -96,10 +98,8 @@ def _tidy(model: ir.Model, spec: GraphSpec) -> None:
             if not output.uses() and output not in kept:
                 output.name = ""
                 output.shape = None
-    for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
-        for value, tensor in zip(values, tensors, strict=True):
-            value.metadata_props.clear()
-            value.shape = ir.Shape(tensor.shape)
+    for value in (*graph.inputs, *graph.outputs):
+        value.metadata_props.clear()
     model.metadata_props.clear()
     graph.metadata_props.clear()
     graph.name = spec.name
@@ -108,7 +108,14 @@ def _tidy(model: ir.Model, spec: GraphSpec) -> None:
 
 def _check_contract(graph: ir.Graph, spec: GraphSpec) -> None:
     for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
-        found = [(value.name, str(value.dtype).lower()) for value in values]
-        wanted = [(tensor.name, "float" if tensor.dtype == "float32" else tensor.dtype) for tensor in tensors]
-        if found != wanted:
-            raise BundleError(f"{spec.name} was traced with {found}, not {wanted}: use the pinned torch and onnxscript")
+        found = [_describe(value) for value in values]
+        wanted = [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
+        for given, promised in zip_longest(found, wanted):
+            if given != promised:
+                message = f"{spec.name} was traced with {given}, not {promised}: use the pinned torch and onnxscript"
+                raise BundleError(message)
+
+
+def _describe(value: ir.Value) -> tuple[str | None, str, tuple[int | str | None, ...]]:
+    dtype = value.dtype.numpy().name if value.dtype else "no type"
+    return value.name, dtype, tuple(size if isinstance(size, int) else size.value for size in value.shape or ())

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 import onnx_ir as ir
 
+from mt3_runtime.errors import OptionError
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
     from pathlib import Path
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 4096  # pages: a mapped tensor then starts on one
 INLINE_BYTES = 1024  # smaller tensors stay in the graph
+FP16_OVERFLOW = 65520  # rounds to infinity; what is below rounds to 65504 at most
 
 
 class WeightsFile:
@@ -37,14 +40,21 @@ class WeightsFile:
         self._file.close()
 
     def move(self, model: ir.Model, tables: Collection[str] = ()) -> None:
-        """Replace the large initializers of `model` by references into this file; `tables` are never rounded."""
+        """Replace the large initializers of `model` by references into this file; `tables` are never rounded.
+
+        Raises:
+            OptionError: a matrix does not fit fp16.
+        """
         for value in list(model.graph.initializers.values()):
             tensor = value.const_value
-            if tensor is None or tensor.nbytes <= INLINE_BYTES:
+            if tensor is None:
+                continue
+            halved = self.storage == "fp16" and len(tensor.shape) == 2 and value.name not in tables
+            if tensor.nbytes <= INLINE_BYTES and not halved:
                 continue
             array = np.ascontiguousarray(tensor.numpy())
-            if self.storage == "fp16" and array.ndim == 2 and value.name not in tables:
-                array = array.astype(np.float16)
+            if halved:
+                array = _halve(array, value.name or "")
                 _cast_back(model.graph, value)
             value.const_value = self._external(value.name or "", array)
             value.dtype = value.const_value.dtype
@@ -59,6 +69,13 @@ class WeightsFile:
         offset, length = self._places[key]
         dtype = ir.DataType.from_numpy(array.dtype)
         return ir.ExternalTensor(self.name, offset, length, dtype, shape=ir.Shape(array.shape), name=name)
+
+
+def _halve(array: np.ndarray, name: str) -> np.ndarray:
+    largest = float(np.abs(array).max())
+    if largest >= FP16_OVERFLOW:
+        raise OptionError(f"{name} reaches {largest:g}, which fp16 cannot hold: store the weights in fp32")
+    return array.astype(np.float16)
 
 
 def _cast_back(graph: ir.Graph, value: ir.Value) -> None:

@@ -7,12 +7,14 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from mt3_runtime.errors import BundleError
 from mt3_runtime.manifest import MANIFEST_LIMIT, MANIFEST_NAME, read_manifest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mt3_runtime.manifest import GraphFile, Manifest
 
 DEMO_NAME = "embedded demo"
@@ -55,14 +57,13 @@ class Bundle:
     def _hash(self, file: str, into: bytearray | None) -> None:
         record = self.manifest.files[file]
         digest, size = hashlib.sha256(), 0
-        with _open_regular(self.path, file) as stream:
-            while block := stream.read(BLOCK):
-                digest.update(block)
-                size += len(block)
-                if into is not None:
-                    into += block
-                if size > record.size:
-                    break
+        for block in _blocks(self.path, file):
+            digest.update(block)
+            size += len(block)
+            if into is not None:
+                into += block
+            if size > record.size:
+                break
         if (size, digest.hexdigest()) != (record.size, record.sha256):
             raise BundleError(f"{self.path / file} is not what the manifest lists (changed or cut off): copy it again")
 
@@ -77,8 +78,11 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     if not os.path.isdir(folder):  # noqa: PTH112 -- pathlib's raises for a name that is too long
         problem = "is not a folder" if os.path.lexists(folder) else "does not exist"
         raise BundleError(f"bundle {folder!s:.200} {problem}: name a folder made by mt3-export bundle")
-    with _open_regular(folder, MANIFEST_NAME) as stream:
-        text = stream.read(MANIFEST_LIMIT + 1)
+    text = b""
+    for block in _blocks(folder, MANIFEST_NAME):
+        text += block
+        if len(text) > MANIFEST_LIMIT:
+            break
     return Bundle(folder, read_manifest(text), hashlib.sha256(text).hexdigest())
 
 
@@ -100,15 +104,17 @@ def _shipped(name: str) -> Path:
     raise BundleError(f"this installation lacks {name!r}: reinstall mt3-runtime, or pass --bundle")
 
 
-def _open_regular(folder: Path, name: str) -> BinaryIO:
-    """Open a plain file of the folder for reading: no link, no pipe, nothing that could block."""
+def _blocks(folder: Path, name: str) -> Iterator[bytes]:
+    """Read a plain file of the folder: no link, no pipe, nothing that could block."""
     path = folder / name
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise BundleError(f"{path} is not a plain file: export the bundle again")
+            while block := os.read(descriptor, BLOCK):
+                yield block
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise BundleError(f"cannot read {path} ({error.strerror}): copy or export the bundle again") from None
-    stream = os.fdopen(descriptor, "rb")
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        stream.close()
-        raise BundleError(f"{path} is not a plain file: export the bundle again")
-    return stream

@@ -76,7 +76,7 @@ def decode_step_spec(model: ModelSpec, features: FeatureSpec) -> GraphSpec:
     """One token of every row, each at its own position.
 
     `present_*` may share memory with `self_*`: only the entry at each row's position is written. What stands behind
-    a row's position may be anything finite, and is not read.
+    a row's position may be anything up to 1e30, and does not count.
     `log_prob` is the log-probability of `next_token`, NaN when any logit of the row is not finite.
     `logits` is there for verification; a backend that does not bind it does not pay for it.
     """

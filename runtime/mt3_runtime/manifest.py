@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mt3_runtime.graphs import GraphSpec, graph_specs
 from mt3_runtime.specs import FeatureSpec, ModelSpec, VocabularySpec, require
@@ -15,6 +16,8 @@ from mt3_runtime.strict import build, parse_json
 FORMAT, VERSION = "mt3-runtime-bundle", 1
 MANIFEST_NAME = "manifest.json"
 MANIFEST_LIMIT = 64 * 1024  # bytes
+SIZE_LIMIT = 2**20  # of any one size or constant of a spec
+ROOM_LIMIT = 2**28  # numbers in any one array whose size a manifest decides; MT3 needs 3 million
 FILE_NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -76,13 +79,38 @@ class Manifest:
         for name in self.files:
             plain = FILE_NAME.fullmatch(name) is not None and name != MANIFEST_NAME
             require(plain, f"{name!r:.80} is no file name of a bundle: export the bundle again")
-        derived = tuple(graph_specs(self.model, self.features).values())
-        same = self.contracts == derived
-        require(same, "the graphs have other inputs or outputs than the model: export the bundle again")
+        self._check_sizes()
+        self._check_contracts()
         forms = [(entry.graph, entry.lowering, entry.precision) for entry in self.graphs]
         require(len(set(forms)) == len(forms), "a graph stands twice in the manifest: export the bundle again")
         for entry in self.graphs:
             self._check_graph(entry)
+
+    def _check_sizes(self) -> None:
+        """What a manifest asks for must fit a machine, whoever wrote it."""
+        model, features = self.model, self.features
+        for spec in (model, features, self.vocabulary):
+            for field in dataclasses.fields(spec):
+                value = getattr(spec, field.name)
+                fits = not isinstance(value, int) or value <= SIZE_LIMIT
+                require(fits, f"{field.name} is larger than {SIZE_LIMIT}: export the bundle again")
+        positions = max(model.max_length, features.segment_frames)
+        widest = max(features.hop_length, features.fft_length, features.mel_bins, model.d_model)
+        arrays = {
+            "cache of a row": model.decoder_layers * model.num_heads * positions * model.d_kv,
+            "segment": features.segment_frames * widest,
+            "mel matrix": features.fft_length * features.mel_bins,
+        }
+        for name, count in arrays.items():
+            require(count <= ROOM_LIMIT, f"a {name} would take {count} numbers: export the bundle again")
+
+    def _check_contracts(self) -> None:
+        listed = sum(len(spec.inputs) for spec in self.contracts)
+        # the first half keeps a made-up number of layers from being spelled out
+        same = self.model.decoder_layers <= listed and self.contracts == tuple(
+            graph_specs(self.model, self.features).values()
+        )
+        require(same, "the graphs have other inputs or outputs than the model: export the bundle again")
 
     def _check_graph(self, entry: GraphFile) -> None:
         known = any(entry.graph == spec.name for spec in self.contracts)
@@ -95,20 +123,35 @@ def read_manifest(text: bytes) -> Manifest:
     """Parse and check the bytes of a manifest.
 
     Raises:
-        BundleError: too large, not JSON, of another format or version, or inconsistent.
+        BundleError: too large, not JSON, of another format or version, inconsistent, or not to the byte what
+            `write_manifest` writes, its checksum included.
     """
     require(len(text) <= MANIFEST_LIMIT, f"{MANIFEST_NAME} is larger than {MANIFEST_LIMIT} bytes: export again")
     data = parse_json(text, MANIFEST_NAME)
-    require(isinstance(data, dict) and data.get("format") == FORMAT, f"{MANIFEST_NAME} is not of a {FORMAT}")
+    ours = isinstance(data, dict) and data.get("format") == FORMAT
+    require(ours, f"{MANIFEST_NAME} is not of a {FORMAT}: name a folder made by mt3-export bundle")
     found = data.get("version")
+    shown = f"{found!r:.20}" if type(found) is int else "unknown"
     require(
         type(found) is int and found == VERSION,
-        f"bundle version {found!r:.20}, but this runtime reads {VERSION}: export it with this version of mt3-export",
+        f"bundle version {shown}, but this runtime reads {VERSION}: export it with this version of mt3-export",
     )
-    return build(Manifest, data, "manifest")
+    data.pop("checksum", None)  # compared with the rest of the text below
+    manifest = build(Manifest, data, "manifest")
+    require(
+        write_manifest(manifest) == text, f"{MANIFEST_NAME} was changed or damaged: copy or export the bundle again"
+    )
+    return manifest
 
 
 def write_manifest(manifest: Manifest) -> bytes:
-    """The one canonical text of a manifest: the same bundle always hashes the same."""
-    text = json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=True, allow_nan=False)
-    return text.encode() + b"\n"
+    """The one canonical text of a manifest: the same bundle always hashes the same.
+
+    Its last entry is the sha256 of the text without that entry, so that no damaged byte goes unnoticed.
+    """
+    content = dataclasses.asdict(manifest)
+    return _text({**content, "checksum": hashlib.sha256(_text(content)).hexdigest()})
+
+
+def _text(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, indent=1, ensure_ascii=True, allow_nan=False).encode() + b"\n"

@@ -60,7 +60,10 @@ class ModelSpec:
         )  # fmt: skip
         known = type(self.position_base) is int and self.position_base in POSITION_BASES
         require(known, f"position_base is {self.position_base!r}: use 255 (Magenta) or 256 (MR-MT3)")
-        require(self.d_model % 2 == 0, f"d_model {self.d_model} is odd: positions are sine and cosine halves")
+        require(
+            self.d_model % 2 == 0,
+            f"d_model {self.d_model} is odd, but positions are sine and cosine halves: use an even one",
+        )
         for name in ("start_token", "end_token"):
             token = getattr(self, name)
             inside = type(token) is int and 0 <= token < self.vocab_size
@@ -88,11 +91,11 @@ class FeatureSpec:
 
     def __post_init__(self) -> None:
         require(self.frontend in FRONTENDS, f"unknown frontend {self.frontend!r}: use one of {FRONTENDS}")
-        require(type(self.mel_norm) is bool, "mel_norm is neither true nor false")
+        require(type(self.mel_norm) is bool, "mel_norm is neither true nor false: export the bundle again")
         require_positive(self, "sample_rate", "hop_length", "fft_length", "mel_bins", "segment_frames")
         require(
             0 < self.f_min < self.f_max <= self.sample_rate / 2,
-            f"mel range {self.f_min}..{self.f_max} Hz does not fit {self.sample_rate} Hz audio",
+            f"mel range {self.f_min}..{self.f_max} Hz does not fit {self.sample_rate} Hz audio: use at most half of it",
         )
 
     @property
