@@ -1,0 +1,1 @@
+"""Trains the demo model: synthetic music, targets, network, losses, training, evaluation. No part of the packages."""

@@ -1,0 +1,101 @@
+"""A training run on disk: written whole or not at all, and complete, so that going on is as if it had never stopped."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from demo_model.curriculum import Curriculum
+from demo_model.settings import FEATURES, SIZES
+from mt3_runtime.errors import CheckpointError
+from mt3_runtime.files import atomic_write
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+STATE_NAME, LOG_NAME = "state.pt", "log.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What decides the outcome of a run. `size` is a key of `SIZES`, `batch` in segments, `precision` of matrices."""
+
+    seed: int = 0
+    size: str = "small"
+    steps: int = 12_000
+    batch: int = 32
+    precision: str = "bf16"
+
+
+@dataclass(slots=True)
+class Progress:
+    """A run so far.
+
+    `weights` as in `expected_shapes`; `extra`: tensors of the auxiliary losses; `optimiser` as it describes itself;
+    `stages`: of batches already asked for; `seconds`: time spent in training.
+    """
+
+    plan: Plan
+    weights: dict[str, Tensor]
+    extra: dict[str, Tensor]
+    optimiser: list[dict[str, Any]] | None
+    curriculum: Curriculum
+    stages: list[int]
+    step: int = 0
+    seconds: float = 0.0
+
+
+def save_progress(folder: Path, progress: Progress) -> None:
+    """Write the run to `folder`, in place of an earlier state.
+
+    Raises:
+        OutputError: it cannot be written; the earlier state is intact.
+    """
+    stored = {
+        "plan": asdict(progress.plan),
+        "curriculum": asdict(progress.curriculum),
+        **{name: getattr(progress, name) for name in ("optimiser", "stages", "step", "seconds")},
+        **{name: {key: t.detach() for key, t in getattr(progress, name).items()} for name in ("weights", "extra")},
+    }
+    buffer = io.BytesIO()
+    torch.save(stored, buffer)
+    atomic_write(folder / STATE_NAME, buffer.getvalue())
+
+
+def load_progress(folder: Path, device: torch.device) -> Progress | None:
+    """The run in `folder`, None if there is none yet.
+
+    Raises:
+        CheckpointError: there is a state that cannot be read.
+    """
+    path = folder / STATE_NAME
+    if not path.exists():
+        return None
+    try:
+        stored = torch.load(path, map_location=device, weights_only=True)
+        plan, curriculum = Plan(**stored.pop("plan")), Curriculum(**stored.pop("curriculum"))
+        return Progress(plan=plan, curriculum=curriculum, **stored)
+    except Exception as error:
+        raise CheckpointError(f"{path} is no training state of this version: choose another folder") from error
+
+
+def export_weights(progress: Progress, path: Path) -> None:
+    """Write the network as `mt3_export.load_checkpoint` reads it.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    model = SIZES[progress.plan.size]
+    metadata = {
+        "architecture": "mt3",
+        "frontend": FEATURES.frontend,
+        "mel_norm": "true" if FEATURES.mel_norm else "false",
+        **{name: str(getattr(model, name)) for name in ("num_heads", "d_kv", "position_base", "max_length")},
+    }
+    tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in progress.weights.items()}
+    atomic_write(path, to_safetensors(tensors, metadata))
