@@ -44,7 +44,7 @@ def test_a_torch_state_dict_is_read_without_its_copies(tmp_path, zipped):
     checkpoint = load(tmp_path, data, **OPTIONS)
     assert same(checkpoint.tensors, random_tensors(TINY, 1))
     assert checkpoint.model == replace(TINY, name="weights", position_base=255)
-    assert (checkpoint.features.frontend, checkpoint.features.mel_norm, checkpoint.features.mel_bins) == (
+    assert (checkpoint.features.frontend, checkpoint.features.mel_norm, checkpoint.features.bins) == (
         "ddsp",
         False,
         512,

@@ -221,8 +221,8 @@ def test_no_segments_give_no_features():
 @pytest.mark.parametrize("frontend", SPECS)
 def test_other_sizes(frontend: str):
     spec = FeatureSpec(
-        frontend, mel_norm=False, sample_rate=8000, hop_length=100, fft_length=500, mel_bins=40, f_min=50.0,
-        f_max=3000.0, segment_frames=70,
+        frontend, mel_norm=False, sample_rate=8000, hop_length=100, fft_length=500, bins=40, f_min=50.0,
+        f_max=3000.0, segment_samples=7000,
     )  # fmt: skip
     samples = noise(7000).astype(np.float32)
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(500) / 500)

@@ -39,7 +39,7 @@ def network(tiny_checkpoint):
 @pytest.fixture(scope="module")
 def features():
     """Log-mel-like frames: smooth in time, of the range of music [rows, frames, bins]."""
-    shape = (ROWS, TINY_FEATURES.segment_frames, TINY_FEATURES.mel_bins)
+    shape = (ROWS, TINY_FEATURES.segment_frames, TINY_FEATURES.bins)
     noise = np.random.default_rng(5).normal(size=shape)
     return (np.cumsum(noise, axis=1) / 4 - 4).astype(np.float32)
 

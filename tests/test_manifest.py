@@ -42,7 +42,7 @@ def make(model: ModelSpec = MODEL, precisions: tuple[str, ...] = ("fp32",), noti
         files[weights] = FileRecord(10**9, hashlib.sha256(weights.encode()).hexdigest())
     return Manifest(
         format="mt3-runtime-bundle",
-        version=1,
+        version=2,
         model=model,
         features=FEATURES,
         vocabulary=VocabularySpec(),
@@ -145,10 +145,10 @@ def test_what_is_no_object_is_refused(text):
     assert "is not of a mt3-runtime-bundle" in refusal(read_manifest, text)
 
 
-@pytest.mark.parametrize("value", [2, 0, -1, True, 1.0, "1", None, [1], 10**30, {"a": [[[]]]}])
+@pytest.mark.parametrize("value", [1, 3, 0, -1, True, 2.0, "2", None, [1], 10**30, {"a": [[[]]]}])
 def test_another_version_is_refused_whatever_else_it_holds(value):
     future = seal({"format": "mt3-runtime-bundle", "version": value, "something": "new"})
-    assert "but this runtime reads 1: export it" in refusal(read_manifest, future)
+    assert "but this runtime reads 2: export it" in refusal(read_manifest, future)
 
 
 @pytest.mark.parametrize("path", OTHER_LEAVES, ids=lambda path: ".".join(map(str, path)))
@@ -214,8 +214,8 @@ def test_contracts_are_complete_and_in_order(index):
         ("model", "d_kv", 8),
         ("model", "decoder_layers", 3),
         ("model", "vocab_size", 1535),
-        ("features", "segment_frames", 128),
-        ("features", "mel_bins", 256),
+        ("features", "segment_samples", 128 * 128),
+        ("features", "bins", 256),
     ],
 )
 def test_a_model_of_other_sizes_than_its_graphs_is_refused(section, name, value):
@@ -241,9 +241,9 @@ def consistent(model: ModelSpec, features: FeatureSpec, vocabulary: VocabularySp
     [
         (replace(MODEL, max_length=2**20, d_kv=2**10), FEATURES, VocabularySpec()),
         (replace(MODEL, num_heads=2**20), FEATURES, VocabularySpec()),
-        (MODEL, replace(FEATURES, segment_frames=2**20), VocabularySpec()),
+        (MODEL, replace(FEATURES, hop_length=1, segment_samples=2**20), VocabularySpec()),
         (MODEL, replace(FEATURES, fft_length=2**20), VocabularySpec()),
-        (MODEL, replace(FEATURES, hop_length=2**20 + 1), VocabularySpec()),
+        (MODEL, replace(FEATURES, hop_length=2**21, segment_samples=2**21), VocabularySpec()),
         (MODEL, replace(FEATURES, sample_rate=2**21), VocabularySpec()),
         (MODEL, FEATURES, VocabularySpec(max_shift_steps=2**40)),
         (MODEL, FEATURES, VocabularySpec(velocity_bins=2**40)),

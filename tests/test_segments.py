@@ -11,7 +11,7 @@ from mt3_runtime.segments import frame_count, iter_segments, segment_count, segm
 from mt3_runtime.specs import FeatureSpec, VocabularySpec
 
 FEATURES = FeatureSpec("ddsp", mel_norm=False)
-SMALL = FeatureSpec("ddsp", mel_norm=False, hop_length=4, segment_frames=3, fft_length=16, mel_bins=4)
+SMALL = FeatureSpec("ddsp", mel_norm=False, hop_length=4, segment_samples=12, fft_length=16, bins=4)
 VOCABULARY = VocabularySpec()
 LENGTHS = [0, 1, 127, 128, 129, 32_639, 32_640, 32_641, 32_767, 32_768, 32_769, 65_535, 65_536, 80_000]
 

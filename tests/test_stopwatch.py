@@ -156,7 +156,7 @@ def test_a_transcription_counts_every_second_once_and_in_its_stage(sleep, tiny_b
     scripts = dict(enumerate([[5, 6, 1], [1], [7, 1], [8, 9, 10, 11, 1], [1], [12, math.nan]]))
     backend = ScriptedBackend(scripts, slots=2, length=96)
     busy = transcriber.Transcriber(tiny_bundle, backend, name="scripts")
-    busy.log_mel = costs(3, busy.log_mel)
+    busy.extractor = costs(3, busy.extractor)
     monkeypatch.setattr(transcriber, "prepare_audio", costs(7, transcriber.prepare_audio))
     monkeypatch.setattr(NoteDecoder, "decode_segment", costs(0.25, NoteDecoder.decode_segment))
     for name, seconds in {"encode": 16, "admit": 0.5, "step": 1}.items():

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from mt3_export.design import PerceiverDesign
     from mt3_export.settings import Setting
 
 RANDOM_PREFIX = "random:"
@@ -33,6 +34,7 @@ class Checkpoint:
 
     `tensors`: exactly the keys and shapes of `expected_shapes(model)`, float32 and finite. `source`: the file's name,
     or `random:SEED`. `sha256`: of the file; None for random weights. `warnings`: what was assumed or converted.
+    `design`: of a PerceiverTF encoder, None where the encoder is T5's.
     """
 
     model: ModelSpec
@@ -41,6 +43,7 @@ class Checkpoint:
     source: str
     sha256: str | None
     warnings: tuple[str, ...] = ()
+    design: PerceiverDesign | None = None
 
 
 def load_checkpoint(

@@ -36,7 +36,7 @@ class Inspection:
         layers = f"{model.encoder_layers} + {model.decoder_layers} layers, d_model {model.d_model}, d_ff {model.d_ff}"
         attention = f"{model.num_heads} heads x {model.d_kv}, position base {model.position_base}"
         frames = (
-            f"{features.segment_frames} frames x {features.mel_bins} bins, {features.f_min:g}-{features.f_max:g} Hz"
+            f"{features.segment_frames} frames x {features.bins} bins, {features.f_min:g}-{features.f_max:g} Hz"
         )
         norm = "on" if features.mel_norm else "off"
         lines = [

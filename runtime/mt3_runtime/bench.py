@@ -56,7 +56,7 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     backend, manifest = transcriber.backend, transcriber.bundle.manifest
     if options.steps > backend.length:
         raise OptionError(f"--steps {options.steps} is more than the model's {backend.length}: ask for fewer")
-    shape = (options.segments, manifest.features.segment_frames, manifest.features.mel_bins)
+    shape = (options.segments, manifest.features.segment_frames, manifest.features.bins)
     features = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     rules = DecodingRules(manifest.model.start_token, None, options.steps)
     passes = [_one_pass(backend, features, rules) for _ in range(options.repeat + 1)][1:]

@@ -57,20 +57,20 @@ def _hertz_to_mel(hertz: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _ddsp_matrix(spec: FeatureSpec, bins: NDArray[np.float32]) -> NDArray[np.float32]:
     low, high = _hertz_to_mel(np.array([spec.f_min, spec.f_max], np.float32))
-    matrix = _triangles(_hertz_to_mel(bins), _interpolate(low, high, spec.mel_bins + 2))
+    matrix = _triangles(_hertz_to_mel(bins), _interpolate(low, high, spec.bins + 2))
     matrix[0] = 0  # TensorFlow leaves the constant component out
     return matrix
 
 
 def _torchaudio_matrix(spec: FeatureSpec, bins: NDArray[np.float32]) -> NDArray[np.float32]:
     low, high = (2595.0 * math.log10(1.0 + hertz / 700.0) for hertz in (spec.f_min, spec.f_max))
-    mels = _interpolate_from_both_ends(low, high, spec.mel_bins + 2) / np.float32(2595)
+    mels = _interpolate_from_both_ends(low, high, spec.bins + 2) / np.float32(2595)
     powers = (10.0 ** mels.astype(np.float64)).astype(np.float32)
     return _triangles(bins, np.float32(700) * (powers - np.float32(1)))
 
 
 def mel_matrix(spec: FeatureSpec) -> NDArray[np.float32]:
-    """Weights from FFT bins to mel filters, without area normalisation: [fft_length // 2 + 1, mel_bins].
+    """Weights from FFT bins to mel filters, without area normalisation: [fft_length // 2 + 1, bins].
 
     Both matrices follow their source's float32 arithmetic step by step, because that is what the weights were
     trained with: exact arithmetic differs by up to 7e-5 per weight, up to 1e-3 in log-mel.
@@ -113,7 +113,7 @@ class LogMel:
                 normalisation, as in training.
 
         Returns:
-            [segments, segment_frames, mel_bins]
+            [segments, segment_frames, bins]
 
         Raises:
             AudioError: the two arguments do not fit the spec or each other.
@@ -125,14 +125,14 @@ class LogMel:
             raise AudioError(f"{len(segments)} segments but {len(real_frames)} frame counts: give one for each")
         if not all(0 <= real <= spec.segment_frames for real in real_frames):
             raise AudioError(f"real frames are outside 0 to {spec.segment_frames}: take them from iter_segments")
-        result = np.empty((len(segments), spec.segment_frames, spec.mel_bins), np.float32)
+        result = np.empty((len(segments), spec.segment_frames, spec.bins), np.float32)
         for samples, real, features in zip(segments, real_frames, result, strict=True):
             self._fill(samples, features)
             features[real:] = 0
         return result
 
     def _fill(self, samples: NDArray[np.float32], features: NDArray[np.float32]) -> None:
-        """Write the log-mel of one segment [segment_samples] into `features` [segment_frames, mel_bins]."""
+        """Write the log-mel of one segment [segment_samples] into `features` [segment_frames, bins]."""
         frames = self._frames(samples)
         for first in range(0, len(frames), _CHUNK):
             chunk = slice(first, first + _CHUNK)
@@ -154,3 +154,8 @@ class LogMel:
         padded[: spec.segment_samples] = samples
         frames = np.lib.stride_tricks.sliding_window_view(padded, spec.fft_length)
         return frames[:: spec.hop_length][: spec.segment_frames]
+
+
+def feature_extractor(spec: FeatureSpec) -> LogMel:
+    """What computes the features that `spec` describes."""
+    return LogMel(spec)

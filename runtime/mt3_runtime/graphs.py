@@ -53,12 +53,12 @@ def layer_tensors(kind: str, layers: int, shape: tuple[int | str, ...]) -> tuple
 
 
 def encoder_spec(model: ModelSpec, features: FeatureSpec) -> GraphSpec:
-    """Log-mel frames to encoder states; MT3 has one channel a segment."""
-    frames, bins = features.segment_frames, features.mel_bins
+    """Features to the encoder states of every channel of every segment."""
+    frames, bins = features.segment_frames, features.bins
     return GraphSpec(
         "encoder",
         (TensorSpec("features", "float32", ("segments", frames, bins)),),
-        (TensorSpec("states", "float32", ("segments", 1, frames, model.d_model)),),
+        (TensorSpec("states", "float32", ("segments", model.channels, frames, model.d_model)),),
     )
 
 

@@ -51,7 +51,7 @@ def warm_up(transcriber: Transcriber) -> None:
     """Run every graph once on one segment of silence."""
     features, backend = transcriber.bundle.manifest.features, transcriber.backend
     silence = np.zeros((1, features.segment_samples), np.float32)
-    states = backend.encode(transcriber.log_mel(silence, [features.segment_frames]))
-    backend.admit(0, states[:, 0])
+    states = backend.encode(transcriber.extractor(silence, [features.segment_frames]))
+    backend.admit(0, states[0, :1])
     start = np.array([transcriber.rules.start_token], np.int32)
     backend.step(start, np.zeros(1, np.int32))

@@ -13,7 +13,7 @@ from mt3_runtime.graphs import GraphSpec, graph_specs
 from mt3_runtime.specs import FeatureSpec, ModelSpec, VocabularySpec, require
 from mt3_runtime.strict import build, parse_json
 
-FORMAT, VERSION = "mt3-runtime-bundle", 1
+FORMAT, VERSION = "mt3-runtime-bundle", 2
 MANIFEST_NAME = "manifest.json"
 MANIFEST_LIMIT = 64 * 1024  # bytes
 SIZE_LIMIT = 2**20  # of any one size or constant of a spec
@@ -95,11 +95,12 @@ class Manifest:
                 fits = not isinstance(value, int) or value <= SIZE_LIMIT
                 require(fits, f"{field.name} is larger than {SIZE_LIMIT}: export the bundle again")
         positions = max(model.max_length, features.segment_frames)
-        widest = max(features.hop_length, features.fft_length, features.mel_bins, model.d_model)
+        widest = max(features.hop_length, features.fft_length, features.bins, model.d_model)
         arrays = {
             "cache of a row": model.decoder_layers * model.num_heads * positions * model.d_kv,
             "segment": features.segment_frames * widest,
-            "mel matrix": features.fft_length * features.mel_bins,
+            "encoder state": model.channels * features.segment_frames * model.d_model,
+            "mel matrix": features.fft_length * features.bins,
         }
         for name, count in arrays.items():
             require(count <= ROOM_LIMIT, f"a {name} would take {count} numbers: export the bundle again")

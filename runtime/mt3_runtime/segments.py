@@ -1,6 +1,7 @@
 """Audio -> segments: fixed windows of samples, each with its start time and its number of real frames.
 
-The arithmetic follows kunato/mt3-pytorch and gudgud96/MR-MT3 `inference.py`.
+The arithmetic follows kunato/mt3-pytorch and gudgud96/MR-MT3 `inference.py`, and for centred frames YourMT3's
+`utils/audio.py`.
 """
 
 from __future__ import annotations
@@ -45,16 +46,23 @@ def frame_count(samples: int, features: FeatureSpec) -> int:
 
 
 def segment_count(samples: int, features: FeatureSpec) -> int:
-    """Segments of audio of `samples` samples; at least one, even for no samples at all."""
+    """Segments of audio of `samples` samples; at least one, even for no samples at all.
+
+    YourMT3 adds no segment of zeros where the audio ends with a segment.
+    """
+    if features.centred:
+        return max(1, -(-samples // features.segment_samples))
     return -(-frame_count(samples, features) // features.segment_frames)
 
 
 def segment_start(index: int, features: FeatureSpec, vocabulary: VocabularySpec) -> float:
-    """Start of segment `index` in seconds, on the grid of shift steps.
+    """Start of segment `index` in seconds, on the grid of shift steps; YourMT3's starts are on no grid.
 
     The float64 remainder is part of the definition: where a start falls on the grid exactly, it often comes out
     one step below (segment 15 starts at 30.71 s, not 30.72 s), and the weights' own pipeline shares that.
     """
+    if features.centred:
+        return features.segment_samples * index / features.sample_rate
     frames_per_second = features.sample_rate / features.hop_length
     seconds = index * features.segment_frames / frames_per_second
     return seconds - seconds % (1 / vocabulary.steps_per_second)
@@ -82,7 +90,6 @@ def iter_segments(audio: NDArray[np.float32], features: FeatureSpec, vocabulary:
 
 
 def _cut(audio: NDArray[np.float32], features: FeatureSpec, vocabulary: VocabularySpec) -> Iterator[Segment]:
-    frames = frame_count(len(audio), features)
     count = segment_count(len(audio), features)
     size = features.segment_samples
     for index in range(count):
@@ -94,7 +101,14 @@ def _cut(audio: NDArray[np.float32], features: FeatureSpec, vocabulary: Vocabula
         yield Segment(
             index=index,
             samples=samples,
-            frames=min(features.segment_frames, frames - index * features.segment_frames),
+            frames=_real_frames(index, len(audio), features),
             start=segment_start(index, features, vocabulary),
             max_time=None if is_last else segment_start(index + 1, features, vocabulary),
         )
+
+
+def _real_frames(index: int, samples: int, features: FeatureSpec) -> int:
+    """Centred frames all see the reflected end of their segment: none of them is padding."""
+    if features.centred:
+        return features.segment_frames
+    return min(features.segment_frames, frame_count(samples, features) - index * features.segment_frames)

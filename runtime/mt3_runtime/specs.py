@@ -7,8 +7,10 @@ from typing import Literal
 
 from mt3_runtime.errors import BundleError
 
-FRONTENDS = ("ddsp", "torchaudio")
-FAMILIES = ("mt3",)
+MT3_FRONTENDS = ("ddsp", "torchaudio")
+YOURMT3_FRONTENDS = ("yourmt3_mel", "yourmt3_spectrum")
+FRONTENDS = MT3_FRONTENDS + YOURMT3_FRONTENDS
+FAMILIES = ("mt3", "yourmt3")
 POSITION_BASES = (255, 256)
 
 
@@ -32,12 +34,15 @@ def require_positive(owner: object, *names: str) -> None:
 class ModelSpec:
     """Sizes and constants of one encoder-decoder network.
 
+    `channels` is the number of token sequences a segment is written as, each decoded for itself: 1, or 13 for the
+    multi-channel models of YourMT3. What an encoder is made of is the exporter's business: here stands what a
+    runtime has to know.
     `position_base` names the rule of the sinusoid's frequencies by what it gives at d_model 512: frequency i is
     10000^(-i/255) for weights trained by Magenta (magenta/mt3 `layers.py` divides by d_model/2 - 1), and
     10000^(-i/256) for those trained with the PyTorch ports (d_model/2).
     """
 
-    family: Literal["mt3"]
+    family: Literal["mt3", "yourmt3"]
     name: str
     d_model: int
     num_heads: int
@@ -50,13 +55,14 @@ class ModelSpec:
     max_length: int
     start_token: int
     end_token: int
+    channels: int = 1
 
     def __post_init__(self) -> None:
         require(self.family in FAMILIES, f"unknown model family {self.family!r}: use one of {FAMILIES}")
         require(bool(self.name) and isinstance(self.name, str), "the model has no name: export it again")
         require_positive(
             self, "d_model", "num_heads", "d_kv", "d_ff", "encoder_layers", "decoder_layers", "vocab_size",
-            "max_length",
+            "max_length", "channels",
         )  # fmt: skip
         known = type(self.position_base) is int and self.position_base in POSITION_BASES
         require(known, f"position_base is {self.position_base!r}: use 255 (Magenta) or 256 (MR-MT3)")
@@ -72,36 +78,60 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class FeatureSpec:
-    """How audio becomes log-mel frames.
+    """How audio becomes frames of features.
 
-    `frontend`: "ddsp" (mel triangles linear in mel, TensorFlow's matrix) or "torchaudio" (linear in Hz).
-    `mel_norm`: clip to [-12, 5] and scale to [0, 1]; on for weights trained by MR-MT3, off for Magenta's.
-    Lengths in samples, frequencies in Hz.
+    `frontend`:
+        "ddsp" (MT3): log-mel of magnitudes, triangles linear in mel, TensorFlow's matrix.
+        "torchaudio" (MR-MT3): the same, linear in Hz.
+        "yourmt3_mel" (YMT3+): log-mel of powers, linear in Hz, scaled to 0..1 by each segment's own range.
+        "yourmt3_spectrum" (YPTF): log of magnitudes without the constant component, scaled likewise; `f_min` and
+        `f_max` do not apply.
+    `mel_norm`: clip to [-12, 5] and scale to [0, 1]; on for weights trained by MR-MT3, off for all others.
+    `bins` of one frame. Lengths in samples, frequencies in Hz. YourMT3's frames are centred on their time, and one
+    more of them fits a segment.
     """
 
-    frontend: Literal["ddsp", "torchaudio"]
+    frontend: Literal["ddsp", "torchaudio", "yourmt3_mel", "yourmt3_spectrum"]
     mel_norm: bool
     sample_rate: int = 16_000
     hop_length: int = 128
     fft_length: int = 2048
-    mel_bins: int = 512
+    bins: int = 512
     f_min: float = 20.0
     f_max: float = 7600.0
-    segment_frames: int = 256
+    segment_samples: int = 32_768
 
     def __post_init__(self) -> None:
         require(self.frontend in FRONTENDS, f"unknown frontend {self.frontend!r}: use one of {FRONTENDS}")
         require(type(self.mel_norm) is bool, "mel_norm is neither true nor false: export the bundle again")
-        require_positive(self, "sample_rate", "hop_length", "fft_length", "mel_bins", "segment_frames")
+        require_positive(self, "sample_rate", "hop_length", "fft_length", "bins", "segment_samples")
         require(
             0 < self.f_min < self.f_max <= self.sample_rate / 2,
             f"mel range {self.f_min}..{self.f_max} Hz does not fit {self.sample_rate} Hz audio: use at most half of it",
         )
+        if self.centred:
+            require(not self.mel_norm, f"mel_norm is on, but {self.frontend} scales by itself: export the bundle again")
+            require(
+                self.segment_samples > self.fft_length // 2,
+                f"a segment of {self.segment_samples} samples is too short to be reflected: export the bundle again",
+            )
+        else:
+            require(
+                self.segment_samples % self.hop_length == 0,
+                f"segment_samples {self.segment_samples} is no multiple of hop_length: export the bundle again",
+            )
+        if self.frontend == "yourmt3_spectrum":
+            require(self.bins == self.fft_length // 2, f"{self.bins} bins are not half an FFT: export the bundle again")
 
     @property
-    def segment_samples(self) -> int:
-        """Samples in one segment."""
-        return self.segment_frames * self.hop_length
+    def centred(self) -> bool:
+        """Whether a frame stands around its time, with the segment reflected at both ends, and not after it."""
+        return self.frontend in YOURMT3_FRONTENDS
+
+    @property
+    def segment_frames(self) -> int:
+        """Frames of one segment."""
+        return self.segment_samples // self.hop_length + self.centred
 
 
 @dataclass(frozen=True, slots=True)

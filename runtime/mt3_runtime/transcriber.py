@@ -14,7 +14,7 @@ import numpy as np
 from mt3_runtime.audio import load_audio, prepare_audio
 from mt3_runtime.decoding import DecodingRules, Row, decode_rows
 from mt3_runtime.errors import OptionError
-from mt3_runtime.features import LogMel
+from mt3_runtime.features import feature_extractor
 from mt3_runtime.midi import midi_warnings
 from mt3_runtime.note_decoding import NoteDecoder
 from mt3_runtime.notes import sort_notes
@@ -63,7 +63,7 @@ class Transcriber:
     def __init__(self, bundle: Bundle, backend: Backend, *, name: str) -> None:
         self.bundle, self.backend, self.name = bundle, backend, name
         manifest = bundle.manifest
-        self.log_mel = LogMel(manifest.features)
+        self.extractor = feature_extractor(manifest.features)
         self.vocabulary = Vocabulary(manifest.vocabulary)
         self.rules = DecodingRules(manifest.model.start_token, manifest.model.end_token, manifest.model.max_length)
         self._lock, self._owner = threading.Lock(), 0
@@ -142,7 +142,7 @@ class _Run:
         while group := list(islice(segments, ENCODE_GROUP)):
             with self.clock.stage("features"):
                 samples = np.stack([segment.samples for segment in group])
-                features = self.transcriber.log_mel(samples, [segment.frames for segment in group])
+                features = self.transcriber.extractor(samples, [segment.frames for segment in group])
             with self.clock.stage("encode"):
                 states = self.transcriber.backend.encode(features)  # [segments, channels, frames, d_model]
             for segment, (channel,) in zip(group, states, strict=True):

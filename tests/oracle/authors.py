@@ -77,7 +77,7 @@ def log_mel_frames() -> np.ndarray:
 
     Sums and products of small integers and raw random words only, so that they are the same bits everywhere.
     """
-    frames, bins = FEATURES.segment_frames, FEATURES.mel_bins
+    frames, bins = FEATURES.segment_frames, FEATURES.bins
     words = np.random.PCG64(5).random_raw(SEGMENTS * (frames * bins + 16)) >> np.uint64(40)
     noise, notes = np.split(words.astype(np.float64) / 2**24, [SEGMENTS * frames * bins])
     values = noise.reshape(SEGMENTS, frames, bins) * 2 - 9
