@@ -103,7 +103,7 @@ class NoteDecoder:
             OptionError: `start` is not a time, or there are fewer log-probabilities than tokens.
         """
         ids = until_end(tokens)
-        scores = _scores(log_probs, len(ids))
+        scores = token_scores(log_probs, len(ids))
         if not 0 <= start < math.inf:
             raise OptionError(f"a segment cannot start at {start} s: give a time of 0 or later")
         self._tied.clear()
@@ -170,14 +170,14 @@ class NoteDecoder:
         elif self._velocity == 0:
             return False
         if self._velocity > 0:
-            self._active[key] = _Sounding(self._time, self._velocity, self._confidence())
+            self._active[key] = _Sounding(self._time, self._velocity, mean_probability(self._evidence))
         return True
 
     def _hit(self, event: Event, notes: list[Note]) -> bool:
         if self._velocity == 0:
             return False
         offset = self._time + MIN_NOTE_SECONDS
-        confidence = self._confidence()
+        confidence = mean_probability(self._evidence)
         notes.append(Note(self._time, offset, event.value, self._velocity, 0, is_drum=True, confidence=confidence))
         return True
 
@@ -193,10 +193,6 @@ class NoteDecoder:
         note = self._active.pop(key)
         offset = max(time, note.onset + MIN_NOTE_SECONDS)
         return Note(note.onset, offset, pitch, note.velocity, program, is_drum=False, confidence=note.confidence)
-
-    def _confidence(self) -> float | None:
-        mean = sum(self._evidence) / len(self._evidence)
-        return None if math.isnan(mean) else math.exp(min(mean, 0.0))  # rounding may give more than 1
 
 
 def tokens_to_notes(segments: Sequence[SegmentTokens], vocabulary: Vocabulary) -> tuple[list[Note], DecodingStatistics]:
@@ -218,10 +214,20 @@ def tokens_to_notes(segments: Sequence[SegmentTokens], vocabulary: Vocabulary) -
     return sort_notes(notes), decoder.statistics
 
 
-def _scores(log_probs: Sequence[float] | None, length: int) -> list[float]:
-    """Return one log-probability for each token, NaN where it is not known."""
+def token_scores(log_probs: Sequence[float] | None, length: int) -> list[float]:
+    """Return one log-probability for each token, NaN where it is not known.
+
+    Raises:
+        OptionError: there are fewer than `length`.
+    """
     if log_probs is None:
         return [math.nan] * length
     if len(log_probs) < length:
         raise OptionError(f"{len(log_probs)} log-probabilities for {length} tokens: give one for each token, or None")
     return [float(log_prob) for log_prob in log_probs[:length]]
+
+
+def mean_probability(log_probs: Sequence[float]) -> float | None:
+    """Return the geometric mean of the probabilities, None where one is not known (NaN)."""
+    mean = sum(log_probs) / len(log_probs)
+    return None if math.isnan(mean) else math.exp(min(mean, 0.0))  # rounding may give more than 1
