@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- the name every torch user knows
 
 from demo_model.families import PROGRAMS
-from demo_model.fused import cross_entropy
 from demo_model.labels import HIDDEN, SPOKEN_IDS
 from demo_model.network import GUIDED_CROSS, GUIDED_ENCODER, GUIDED_SELF, Looks
 from demo_model.settings import PITCHES, PROGRAM_IDS, SHIFTS, TIE, VELOCITY_IDS, frame_of
@@ -68,9 +67,10 @@ def is_shift(tokens: Tensor) -> Tensor:
 
 def soft_cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     """Mean cross-entropy, with `SOFT` targets for shifts.  # logits [n, vocab], tokens [n]"""
+    log_probs = logits.log_softmax(-1)
     shifts = is_shift(tokens)
     near = torch.stack([torch.where(shifts, (tokens + step).clamp(FIRST, LAST), tokens) for step in (-1, 0, 1)], dim=-1)
-    return cross_entropy(logits, near, SOFT).mean()
+    return -(log_probs.gather(-1, near) * logits.new_tensor(SOFT)).sum(-1).mean()
 
 
 def frame_losses(
@@ -100,9 +100,10 @@ def _presence(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _soft_columns(logits: Tensor, columns: Tensor) -> Tensor:
     """As `soft_cross_entropy`, where columns 0 to len(SHIFTS) - 1 are shifts."""
+    log_probs = logits.log_softmax(-1)
     shifts = columns < len(SHIFTS)
     near = [torch.where(shifts, (columns + step).clamp(0, len(SHIFTS) - 1), columns) for step in (-1, 0, 1)]
-    return cross_entropy(logits, torch.stack(near, -1), SOFT).mean()
+    return -(log_probs.gather(-1, torch.stack(near, -1)) * logits.new_tensor(SOFT)).sum(-1).mean()
 
 
 def guidance_loss(looks: Looks, inputs: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -111,8 +112,9 @@ def guidance_loss(looks: Looks, inputs: Tensor, batch: Mapping[str, Tensor]) -> 
     following = batch["following"]
     table = torch.tensor([frame_of(steps) for steps in range(len(SHIFTS))], device=inputs.device)
     ahead = torch.where(following == END_TOKEN, 0, table[(following - FIRST).clamp(min=0)])
+    self_log = looks.scores[GUIDED_SELF].log_softmax(-1)  # [segments, 3, length, length]
     latest = latest_of_kinds(inputs).transpose(0, 1).unsqueeze(-1)  # [segments, 3, length, 1]
-    remembered = cross_entropy(looks.scores[GUIDED_SELF], latest, (1.0,)).mean(1)[real].mean()
+    remembered = -self_log.gather(-1, latest).squeeze(-1).mean(1)[real].mean()
     return {
         GUIDED_ENCODER: _off_frame(looks.scores[GUIDED_ENCODER], ahead).mean(),
         GUIDED_CROSS: _off_frame(looks.scores[GUIDED_CROSS], batch["reading"])[real].mean(),
@@ -137,5 +139,7 @@ def latest_of_kinds(inputs: Tensor) -> Tensor:
 
 def _off_frame(scores: Tensor, frames: Tensor) -> Tensor:
     """Cross-entropy of attention with `WINDOW` around frames [segments, queries], mean over heads."""
+    log_probs = scores.log_softmax(-1)  # [segments, heads, queries, frames]
     near = torch.stack([(frames + step).clamp(0, scores.shape[-1] - 1) for step in (-1, 0, 1)], -1)
-    return cross_entropy(scores, near.unsqueeze(1).expand(-1, scores.shape[1], -1, -1), WINDOW).mean(1)
+    picked = log_probs.gather(-1, near.unsqueeze(1).expand(-1, scores.shape[1], -1, -1))
+    return -(picked * scores.new_tensor(WINDOW)).sum(-1).mean(1)

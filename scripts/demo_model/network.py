@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- the name every torch user knows
 
-from demo_model.fused import gated_gelu, rms_norm
 from mt3_export.lowering import NORM_EPSILON, merge_heads, split_heads
 from mt3_export.network import sinusoid
 
@@ -41,7 +40,7 @@ class Looks:
         """Keep the scores of the first `guided` heads of query and key [segments, length, heads * d_kv]."""
         width = query.shape[-1] // heads * guided
         queries, keys = (split_heads(part[..., :width], guided) for part in (query, key))
-        scores = queries @ keys.transpose(-1, -2)
+        scores = (queries @ keys.transpose(-1, -2)).float()
         self.scores[name] = scores if mask is None else scores.masked_fill(mask, -torch.inf)
 
 
@@ -109,7 +108,7 @@ class Network:
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         gain = self.weights[f"{name}.weight"]
-        return rms_norm(x, gain, NORM_EPSILON)
+        return F.rms_norm(x, (x.shape[-1],), gain.float(), NORM_EPSILON).to(gain.dtype)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         heads = self.model.num_heads
@@ -122,4 +121,5 @@ class Network:
     def _feed_forward(self, hidden: Tensor, block: str) -> Tensor:
         normed = self._norm(hidden, f"{block}.layer_norm")
         matrix = torch.cat([self.weights[f"{block}.DenseReluDense.{name}.weight"] for name in ("wi_0", "wi_1")])
-        return self._linear(gated_gelu(F.linear(normed, matrix)), f"{block}.DenseReluDense.wo")
+        gate, value = F.linear(normed, matrix).chunk(2, -1)
+        return self._linear(F.gelu(gate, approximate="tanh") * value, f"{block}.DenseReluDense.wo")

@@ -13,6 +13,7 @@ import torch
 
 from demo_model.evaluation import validate
 from demo_model.feeder import Feeder
+from demo_model.memory import keep_memory
 from demo_model.state import LOG_NAME, Plan, Progress, export_weights, load_progress, save_progress
 from demo_model.training import Record, Trainer, begin
 from mt3_runtime.errors import CheckpointError, DeviceError, OptionError, OutputError
@@ -54,6 +55,7 @@ def train(folder: Path, chosen: Mapping[str, Any], conditions: Conditions) -> Pr
     device = _device(conditions.device)
     if conditions.threads:
         torch.set_num_threads(conditions.threads)
+    keep_memory()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

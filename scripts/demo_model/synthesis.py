@@ -69,12 +69,22 @@ def _sum_partials(
     With t = block + rest, exp(z t) = exp(z block) exp(z rest): the sum over partials is a matrix product.
     """
     z = 2j * np.pi * hertz / RATE - decays / RATE  # per sample
-    blocks = np.arange(-(-count // _BLOCK)) * _BLOCK
-    outer = levels * np.exp(np.outer(blocks, z) + 1j * phases)  # [blocks, partials]
-    inner = np.exp(np.outer(z, np.arange(_BLOCK)))  # [partials, block]
-    left = np.concatenate((outer.real, -outer.imag), axis=1).astype(np.float32)
-    right = np.concatenate((inner.real, inner.imag)).astype(np.float32)
-    return np.asarray((left @ right).reshape(-1)[:count])
+    outer = _powers(z * _BLOCK, -(-count // _BLOCK)) * (levels * np.exp(1j * phases))  # [blocks, partials]
+    inner = _powers(z, _BLOCK)  # [block, partials]
+    left = np.concatenate((outer.real, -outer.imag), axis=1, dtype=np.float32)
+    right = np.concatenate((inner.real, inner.imag), axis=1, dtype=np.float32)
+    return np.asarray((left @ right.T).reshape(-1)[:count])
+
+
+def _powers(z: NDArray[np.complex128], count: int) -> NDArray[np.complex128]:
+    """exp(z n) for n below `count`, by doubling: far fewer exponentials.  # [partials] -> [count, partials]"""
+    powers = np.ones((count, len(z)), np.complex128)
+    known = 1
+    while known < count:
+        more = min(known, count - known)
+        np.multiply(powers[:more], np.exp(z * known), out=powers[known : known + more])
+        known += more
+    return powers
 
 
 def _wobble(wave: Wave, timbre: Timbre, phase: float) -> Wave:

@@ -128,7 +128,7 @@ class Trainer:
         states = network.encode(batch["features"], looks)
         inputs = F.pad(batch["tokens"][:, :-1], (1, 0), value=self.model.start_token)
         real = batch["tokens"] != PAD_TOKEN
-        logits = network.speak(network.decode(states, inputs, looks)[real])  # [real tokens, vocab]
+        logits = network.speak(network.decode(states, inputs, looks)[real]).float()  # [real tokens, vocab]
         terms = {
             "tokens": (1.0, soft_cross_entropy(logits, batch["tokens"][real])),
             **{
