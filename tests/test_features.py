@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from feature_cases import GOLDEN_FRAMES, SEGMENT, chord, golden_segments, noise, signals
-from mt3_runtime.errors import AudioError
-from mt3_runtime.features import LogMel, mel_matrix
+from mt3_runtime.errors import AudioError, BundleError
+from mt3_runtime.features import LogMel
+from mt3_runtime.mel import mel_matrix
 from mt3_runtime.specs import FeatureSpec
 
 DDSP = FeatureSpec("ddsp", mel_norm=False)
@@ -246,3 +247,9 @@ def test_other_sizes(frontend: str):
 def test_arguments_that_do_not_fit_are_refused(shape: tuple[int, ...], real: list[int]):
     with pytest.raises(AudioError):
         LogMel(DDSP)(np.zeros(shape, np.float32), real)
+
+
+@pytest.mark.parametrize("frontend", ["ddsp", "torchaudio", "yourmt3_mel"])
+def test_filters_too_narrow_for_float32_are_refused(frontend: str):
+    with pytest.raises(BundleError, match=r"512 mel filters .* export the bundle again$"):
+        mel_matrix(FeatureSpec(frontend, mel_norm=False, f_min=7000.0, f_max=7000.01))

@@ -12,6 +12,8 @@ from mt3_runtime.specs import FeatureSpec, VocabularySpec
 
 FEATURES = FeatureSpec("ddsp", mel_norm=False)
 SMALL = FeatureSpec("ddsp", mel_norm=False, hop_length=4, segment_samples=12, fft_length=16, bins=4)
+YOURMT3 = FeatureSpec("yourmt3_mel", mel_norm=False, f_min=50.0, f_max=8000.0, segment_samples=32_767)
+SPECTRUM = FeatureSpec("yourmt3_spectrum", mel_norm=False, hop_length=300, bins=1024, segment_samples=32_767)
 VOCABULARY = VocabularySpec()
 LENGTHS = [0, 1, 127, 128, 129, 32_639, 32_640, 32_641, 32_767, 32_768, 32_769, 65_535, 65_536, 80_000]
 
@@ -122,3 +124,50 @@ def test_segments_cannot_change_the_audio():
 def test_anything_but_a_row_of_float32_is_refused_at_once(audio: np.ndarray):
     with pytest.raises(AudioError, match=r"use prepare_audio first$"):
         iter_segments(np.asarray(audio), FEATURES, VOCABULARY)
+
+
+@pytest.mark.parametrize("features", [YOURMT3, SPECTRUM], ids=["mel", "spectrum"])
+@pytest.mark.parametrize(
+    ("samples", "segments"),
+    [(0, 1), (1, 1), (32_766, 1), (32_767, 1), (32_768, 2), (65_533, 2), (65_534, 2), (65_535, 3), (98_301, 3)],
+)
+def test_yourmt3_adds_nothing_to_whole_segments(features: FeatureSpec, samples: int, segments: int):
+    assert segment_count(samples, features) == segments
+    audio = ramp(samples)
+    cut = list(iter_segments(audio, features, VOCABULARY))
+    assert [segment.index for segment in cut] == list(range(segments))
+    joined = np.concatenate([segment.samples for segment in cut])
+    assert (joined.shape, joined.dtype) == ((32_767 * segments,), np.float32)
+    np.testing.assert_array_equal(joined[:samples], audio)
+    assert not joined[samples:].any()
+    frames = {YOURMT3: 256, SPECTRUM: 110}[features]
+    assert [segment.frames for segment in cut] == [frames] * segments  # the padded end too: no frame is masked
+
+
+def test_yourmt3_counts_every_length():
+    small = FeatureSpec("yourmt3_mel", mel_norm=False, hop_length=3, fft_length=16, bins=4, segment_samples=11)
+    for samples in range(1, 100):
+        cut = list(iter_segments(ramp(samples), small, VOCABULARY))
+        assert len(cut) == len(range(0, samples, 11)) == segment_count(samples, small)
+        assert all(segment.samples.any() for segment in cut)
+
+
+@pytest.mark.parametrize("steps_per_second", [100, 7])
+def test_yourmt3_starts_are_on_no_grid(steps_per_second: int):
+    vocabulary = VocabularySpec(steps_per_second=steps_per_second)
+    for index in range(5000):
+        assert segment_start(index, YOURMT3, vocabulary) == float(Fraction(32_767 * index, 16_000))
+    cut = list(iter_segments(ramp(3 * 32_767), YOURMT3, vocabulary))
+    assert [segment.start for segment in cut] == [0.0, 2.0479375, 4.095875]
+    assert [segment.max_time for segment in cut] == [2.0479375, 4.095875, None]
+    assert all(type(segment.start) is float for segment in cut)
+
+
+def test_yourmt3_segments_are_cut_without_copies_and_read_only():
+    audio = ramp(40_000)
+    first, last = iter_segments(audio, YOURMT3, VOCABULARY)
+    assert np.shares_memory(first.samples, audio)
+    assert not np.shares_memory(last.samples, audio)
+    for segment in (first, last):
+        with pytest.raises(ValueError, match="read-only"):
+            segment.samples[0] = 0.0
