@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from copy import deepcopy
+from dataclasses import replace
 from io import BytesIO
 
 import mido
@@ -12,8 +13,9 @@ import pretty_midi
 import pytest
 
 from mt3_runtime import midi
-from mt3_runtime.errors import OutputError
+from mt3_runtime.errors import OptionError, OutputError
 from mt3_runtime.midi import midi_warnings, notes_to_midi, write_midi
+from mt3_runtime.midi_styles import MT3_STYLE, YOURMT3_FINE_STYLE, YOURMT3_STYLE, MidiStyle
 from mt3_runtime.notes import Note, sort_notes
 
 TICK = 1 / 440  # seconds: 220 ticks in a quarter of half a second
@@ -28,11 +30,11 @@ def encoded(notes, folder):
     return mido.MidiFile(folder / "x.mid")
 
 
-def read(file):
+def read(file, tick=TICK):
     """(program, is_drum) -> sorted (start tick, end tick, pitch, velocity); each key has one track."""
     found = {}
     for instrument in pretty_midi.PrettyMIDI(mido_object=deepcopy(file)).instruments:  # changes what it reads
-        times = np.array([(n.start, n.end) for n in instrument.notes]) / TICK  # [notes, 2]
+        times = np.array([(n.start, n.end) for n in instrument.notes]) / tick  # [notes, 2]
         ticks = np.rint(times).astype(int)
         assert np.abs(times - ticks).max() < 1e-6
         key = (instrument.program, instrument.is_drum)
@@ -42,11 +44,11 @@ def read(file):
     return found
 
 
-def expected(notes):
+def expected(notes, rate=440):
     """What the file should hold, note by note against all others; and (cut short, left out)."""
     rows = defaultdict(list)
     cut = out = 0
-    on_grid = [(n, round(n.onset * 440), max(round(n.offset * 440), round(n.onset * 440) + 1)) for n in notes]
+    on_grid = [(n, round(n.onset * rate), max(round(n.offset * rate), round(n.onset * rate) + 1)) for n in notes]
     for i, (n, start, end) in enumerate(on_grid):
         same = [
             (m_start, m_end, m.velocity, j)
@@ -239,3 +241,130 @@ def test_a_note_after_the_end_of_midi_time(tmp_path):
     with pytest.raises(OutputError, match="later than MIDI can tell"):
         write_midi([note(1, 700_000)], tmp_path / "late.mid")
     assert not (tmp_path / "late.mid").exists()
+
+
+# ---- YourMT3: classes of instruments, another resolution ------------------------------------------------
+
+# class: its programs in the file, the one that stands for them, the one that is written
+CLASSES = {
+    "Acoustic Piano": ([0, 1, 3, 6, 7], 0, 0),
+    "Electric Piano": ([2, 4, 5], 2, 2),
+    "Chromatic Percussion": (range(8, 16), 8, 8),
+    "Organ": (range(16, 24), 16, 16),
+    "Guitar (clean)": (range(24, 28), 24, 24),
+    "Guitar (distortion)": (range(28, 32), 30, 30),
+    "Bass": (range(32, 40), 33, 33),
+    "Strings": (range(40, 56), 48, 48),
+    "Brass": (range(56, 64), 56, 56),
+    "Reed": (range(64, 72), 64, 64),
+    "Pipe": (range(72, 80), 72, 72),
+    "Synth Lead": (range(80, 88), 80, 80),
+    "Synth Pad": (range(88, 96), 88, 88),
+    "Singing Voice": ([100], 100, 65),
+    "Singing Voice (chorus)": ([101], 101, 53),
+}
+WRITTEN = {program: written for programs, _, written in CLASSES.values() for program in programs}
+
+
+def every_program():
+    """One note of each program, one at a time; and a drum."""
+    return [note(t, t + 0.5, 60, program=t) for t in range(128)] + [note(0, 0.01, 36, is_drum=True)]
+
+
+def layout(file):
+    """(name, program, channel, pitches) of each track with notes, in order."""
+    return [
+        (
+            track.name,
+            next(m.program for m in track if m.type == "program_change"),
+            next(m.channel for m in track if m.type == "program_change"),
+            [m.note for m in track if m.type == "note_on" and m.velocity],
+        )
+        for track in file.tracks[1:]
+    ]
+
+
+def test_programs_of_a_class_share_a_track(tmp_path):
+    notes = [note for note in every_program() if note.program in WRITTEN]
+    assert write_midi(notes, tmp_path / "x.mid", style=YOURMT3_STYLE) == ()
+    file = mido.MidiFile(tmp_path / "x.mid")
+    assert (file.type, file.ticks_per_beat) == (1, 480)
+    assert [message.tempo for message in file.tracks[0] if message.type == "set_tempo"] == [500_000]
+    in_order = sorted(CLASSES.items(), key=lambda item: item[1][1])
+    channels = [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15]
+    assert layout(file) == [
+        *(
+            (name, written, channel, [60] * len(programs))
+            for channel, (name, (programs, _, written)) in zip(channels, in_order, strict=True)
+        ),
+        ("Drums", 0, 9, [36]),
+    ]
+    rows = read(file, 1 / 960)
+    assert {(program, n[0] // 960) for (program, is_drum), row in rows.items() for n in row if not is_drum} == {
+        (written, program) for program, written in WRITTEN.items()
+    }
+
+
+def test_programs_without_a_class_stay(tmp_path):
+    write_midi(every_program(), tmp_path / "x.mid", style=YOURMT3_STYLE)
+    found = {program for _, program, *_ in layout(mido.MidiFile(tmp_path / "x.mid"))}
+    assert found == {*WRITTEN.values(), *range(96, 100), *range(102, 128)}
+
+
+def test_fine_style_keeps_the_programs(tmp_path):
+    write_midi(every_program(), tmp_path / "x.mid", style=YOURMT3_FINE_STYLE)
+    file = mido.MidiFile(tmp_path / "x.mid")
+    assert file.ticks_per_beat == 480
+    *tracks, drums = layout(file)
+    assert [program for _, program, *_ in tracks] == [
+        {100: 65, 101: 53}.get(program, program) for program in range(128)
+    ]
+    names = [name for name, *_ in tracks]
+    assert (names[40], names[41], names[42], names[100], names[101]) == (
+        "Violin", "Viola", "Cello", "Singing Voice", "Singing Voice (chorus)",
+    )  # fmt: skip
+    assert len(set(names)) == 128
+    assert drums == ("Drums", 0, 9, [36])
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_notes_that_meet_on_a_merged_program_are_separated(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    programs = [0, 1, 2, 40, 41, 53, 65, 100, 101, 120]
+    notes = [
+        each if each.is_drum else replace(each, program=int(rng.choice(programs)))
+        for _ in range(4)
+        for each in random_notes(rng)
+    ]
+    stands_for = {program: first for members, first, _ in CLASSES.values() for program in members}
+    merged = [
+        each if each.is_drum else replace(each, program=stands_for.get(each.program, each.program)) for each in notes
+    ]
+    rows, cut, out = expected(merged, rate=960)
+    written = {({100: 65, 101: 53}.get(program, program), is_drum): row for (program, is_drum), row in rows.items()}
+    told = write_midi(notes, tmp_path / "x.mid", style=YOURMT3_STYLE)
+    assert read(mido.MidiFile(tmp_path / "x.mid"), 1 / 960) == written
+    assert told == midi_warnings(notes, style=YOURMT3_STYLE)
+    assert (f"MIDI: notes cut short where the same pitch starts again: {cut}" in told) == (cut > 0)
+    assert (f"MIDI: notes left out because the same pitch starts on the same tick: {out}" in told) == (out > 0)
+    pretty = notes_to_midi(notes, style=YOURMT3_STYLE)
+    pretty.write(str(tmp_path / "pretty.mid"))
+    assert read(mido.MidiFile(tmp_path / "pretty.mid"), 1 / 960) == written
+    assert pretty.resolution == 480
+
+
+def test_a_style_knows_only_what_midi_has():
+    assert MidiStyle(220) == MT3_STYLE
+    for ticks in (0, -1, 32_768):
+        with pytest.raises(OptionError, match="give 1 to 32767"):
+            MidiStyle(ticks)
+    for wrong in ({"merged": {0: 128}}, {"merged": {-1: 0}}, {"names": {128: "Drums"}}, {"written": {100: 200}}):
+        with pytest.raises(OptionError, match="give 0 to 127"):
+            MidiStyle(480, **wrong)
+
+
+def test_the_latest_time_depends_on_the_style(tmp_path):
+    write_midi([note(1, 279_000)], tmp_path / "x.mid", style=YOURMT3_STYLE)
+    with pytest.raises(OutputError, match="keep notes below 77 hours"):
+        write_midi([note(1, 280_000)], tmp_path / "x.mid", style=YOURMT3_STYLE)
+    write_midi([note(1, 280_000)], tmp_path / "x.mid")

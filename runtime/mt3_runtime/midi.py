@@ -1,10 +1,11 @@
-"""Notes to MIDI: 220 ticks per quarter at 120 BPM, one track for each program, drums on channel 10.
+"""Notes to MIDI at 120 BPM: one track for each program, drums on channel 10; the rest is a matter of style.
 
 What one MIDI track cannot hold, and what becomes of it:
 
-- A pitch that sounds twice at once on one program. The earlier note ends where the later one starts, as when
-  a key is struck again; of notes that start within the same tick the one that lasts longest stays.
-- A note shorter than a tick (2.27 ms) lasts one tick.
+- A pitch that sounds twice at once on one program, or on programs that the style merges. The earlier note ends
+  where the later one starts, as when a key is struck again; of notes that start within the same tick the one
+  that lasts longest stays.
+- A note shorter than a tick (2.27 ms in the style of MT3) lasts one tick.
 - More than 15 melodic programs, or more than one drum kit: a MIDI port has 16 channels. The others go to
   further ports (meta event FF 21). For players that ignore ports, the program is set again wherever two
   tracks take turns on a channel number.
@@ -24,17 +25,16 @@ import pretty_midi
 
 from mt3_runtime.errors import OutputError
 from mt3_runtime.files import atomic_write
+from mt3_runtime.midi_styles import BEATS_PER_MINUTE, MT3_STYLE
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Sequence
 
+    from mt3_runtime.midi_styles import MidiStyle
     from mt3_runtime.notes import Note
 
-TICKS_PER_QUARTER = 220
-BEATS_PER_MINUTE = 120
-TICKS_PER_SECOND = TICKS_PER_QUARTER * BEATS_PER_MINUTE // 60
-MAX_TICK = 0x0FFFFFFF  # the longest time between two MIDI events, 169 hours
+MAX_TICK = 0x0FFFFFFF  # the longest time between two MIDI events, 169 hours of MT3's ticks
 DRUM_CHANNEL = 9  # counted from 0
 MELODIC_CHANNELS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15)
 
@@ -49,18 +49,15 @@ class _TickNote:
 
 @dataclass(frozen=True, slots=True)
 class _Track:
-    program: int
+    name: str
+    program: int  # as the file has it
     is_drum: bool
     port: int
     channel: int
     notes: tuple[_TickNote, ...]
 
-    @property
-    def name(self) -> str:
-        return "Drums" if self.is_drum else str(pretty_midi.program_to_instrument_name(self.program))
 
-
-def notes_to_midi(notes: Iterable[Note]) -> pretty_midi.PrettyMIDI:
+def notes_to_midi(notes: Iterable[Note], *, style: MidiStyle = MT3_STYLE) -> pretty_midi.PrettyMIDI:
     """Return the notes as a PrettyMIDI, times rounded to ticks, one instrument for each program.
 
     `write_midi` is the better way to a file: PrettyMIDI's own `write` knows no ports, so that the 16th
@@ -69,27 +66,26 @@ def notes_to_midi(notes: Iterable[Note]) -> pretty_midi.PrettyMIDI:
     Raises:
         OutputError: a note is later than MIDI can tell.
     """
-    tracks, _ = _arrange(notes)
-    midi = pretty_midi.PrettyMIDI(resolution=TICKS_PER_QUARTER, initial_tempo=BEATS_PER_MINUTE)
+    tracks, _ = _arrange(notes, style)
+    midi = pretty_midi.PrettyMIDI(resolution=style.ticks_per_quarter, initial_tempo=BEATS_PER_MINUTE)
+    rate = style.ticks_per_second
     for track in tracks:
         instrument = pretty_midi.Instrument(track.program, track.is_drum, track.name)
-        instrument.notes = [
-            pretty_midi.Note(n.velocity, n.pitch, n.start / TICKS_PER_SECOND, n.end / TICKS_PER_SECOND)
-            for n in track.notes
-        ]
+        instrument.notes = [pretty_midi.Note(n.velocity, n.pitch, n.start / rate, n.end / rate) for n in track.notes]
         midi.instruments.append(instrument)
     return midi
 
 
-def midi_warnings(notes: Iterable[Note]) -> tuple[str, ...]:
+def midi_warnings(notes: Iterable[Note], *, style: MidiStyle = MT3_STYLE) -> tuple[str, ...]:
     """Say what a MIDI file of these notes will not hold, or hold in a way that some players ignore."""
-    return _arrange(notes)[1]
+    return _arrange(notes, style)[1]
 
 
-def write_midi(notes: Iterable[Note], path: str | os.PathLike[str]) -> tuple[str, ...]:
+def write_midi(notes: Iterable[Note], path: str | os.PathLike[str], *, style: MidiStyle = MT3_STYLE) -> tuple[str, ...]:
     """Write the notes as a MIDI file, whole or not at all.
 
-    Files of more than 6.3 hours are valid, but `pretty_midi` refuses to read them.
+    Files of more than 10 million ticks (6.3 hours in MT3's style, 2.9 in YourMT3's) are valid, but `pretty_midi`
+    refuses to read them.
 
     Returns:
         The warnings of `midi_warnings`.
@@ -97,38 +93,40 @@ def write_midi(notes: Iterable[Note], path: str | os.PathLike[str]) -> tuple[str
     Raises:
         OutputError: the file cannot be written, or a note is later than MIDI can tell.
     """
-    tracks, warnings = _arrange(notes)
-    atomic_write(path, _encode(tracks))
+    tracks, warnings = _arrange(notes, style)
+    atomic_write(path, _encode(tracks, style.ticks_per_quarter))
     return warnings
 
 
-def _arrange(notes: Iterable[Note]) -> tuple[list[_Track], tuple[str, ...]]:
+def _arrange(notes: Iterable[Note], style: MidiStyle) -> tuple[list[_Track], tuple[str, ...]]:
     """Group the notes by instrument, pitched ones first, and give each group a port and a channel."""
     groups: defaultdict[tuple[bool, int], list[Note]] = defaultdict(list)
     for note in notes:
-        groups[note.is_drum, note.program].append(note)
+        groups[note.is_drum, note.program if note.is_drum else style.program_of(note.program)].append(note)
     tracks: list[_Track] = []
     shortened = left_out = 0
     melodic = sum(not is_drum for is_drum, _ in groups)
     for index, (is_drum, program) in enumerate(sorted(groups)):
         group = groups[is_drum, program]
-        kept, cut = _separate(group)
+        kept, cut = _separate(group, style.ticks_per_second)
         shortened += cut
         left_out += len(group) - len(kept)
         if is_drum:
+            name, written = "Drums", program
             port, channel = index - melodic, DRUM_CHANNEL
         else:
+            name, written = style.name_of(program), style.written.get(program, program)
             port, channel = index // len(MELODIC_CHANNELS), MELODIC_CHANNELS[index % len(MELODIC_CHANNELS)]
-        tracks.append(_Track(program, is_drum, port, channel, tuple(kept)))
+        tracks.append(_Track(name, written, is_drum, port, channel, tuple(kept)))
     return tracks, _warnings(tracks, shortened, left_out)
 
 
-def _separate(notes: Sequence[Note]) -> tuple[list[_TickNote], int]:
+def _separate(notes: Sequence[Note], rate: float) -> tuple[list[_TickNote], int]:
     """Round one instrument's notes to ticks such that no pitch sounds twice; count the ones cut short."""
     by_pitch: defaultdict[int, dict[int, _TickNote]] = defaultdict(dict)
     for note in notes:
-        start = _tick(note.onset)
-        new = _TickNote(start, max(_tick(note.offset), start + 1), int(note.pitch), int(note.velocity))
+        start = _tick(note.onset, rate)
+        new = _TickNote(start, max(_tick(note.offset, rate), start + 1), int(note.pitch), int(note.velocity))
         old = by_pitch[new.pitch].setdefault(start, new)
         by_pitch[new.pitch][start] = max(old, new, key=lambda n: (n.end, n.velocity))
     kept: list[_TickNote] = []
@@ -142,10 +140,11 @@ def _separate(notes: Sequence[Note]) -> tuple[list[_TickNote], int]:
     return sorted(kept, key=lambda n: (n.start, n.pitch)), shortened
 
 
-def _tick(seconds: float) -> int:
-    tick = round(seconds * TICKS_PER_SECOND)
+def _tick(seconds: float, rate: float) -> int:
+    tick = round(seconds * rate)
     if tick >= MAX_TICK:
-        raise OutputError(f"a note at {seconds} s is later than MIDI can tell: keep notes below 169 hours")
+        latest = int(MAX_TICK / rate / 3600)
+        raise OutputError(f"a note at {seconds} s is later than MIDI can tell: keep notes below {latest} hours")
     return tick
 
 
@@ -163,14 +162,14 @@ def _warnings(tracks: Sequence[_Track], shortened: int, left_out: int) -> tuple[
     return tuple(warnings)
 
 
-def _encode(tracks: Sequence[_Track]) -> bytes:
+def _encode(tracks: Sequence[_Track], ticks_per_quarter: int) -> bytes:
     """Lay the tracks out as a type 1 MIDI file after a track with metre and tempo."""
     tempo = mido.bpm2tempo(BEATS_PER_MINUTE)
     timing = [
         mido.MetaMessage("time_signature", numerator=4, denominator=4),
         mido.MetaMessage("set_tempo", tempo=tempo),
     ]
-    file = mido.MidiFile(type=1, ticks_per_beat=TICKS_PER_QUARTER)
+    file = mido.MidiFile(type=1, ticks_per_beat=ticks_per_quarter)
     file.tracks.append(mido.MidiTrack(timing))
     turns = _turns(tracks)
     with_ports = any(track.port for track in tracks)
