@@ -14,6 +14,7 @@ import subprocess
 import tarfile
 import timeit
 import warnings
+import zipfile
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
@@ -123,6 +124,29 @@ def run(data: bytes, container: str, path: Path) -> None:
             pickle.loads(data)  # noqa: S301 -- the planted fault
         else:
             torch.load(path, weights_only=False)
+
+
+def repacked(data: bytes, **records: bytes) -> bytes:
+    """A torch archive with other content in some of its records, by name; `data_pkl` is its pickle."""
+    target = io.BytesIO()
+    records = {name.replace("data_pkl", "data.pkl"): content for name, content in records.items()}
+    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(target, "w") as archive:
+        for name in source.namelist():
+            archive.writestr(name, records.get(name.partition("/")[2], source.read(name)))
+    return target.getvalue()
+
+
+def pickle_of(data: bytes) -> bytes:
+    """The pickle of a torch archive."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
+
+
+def calling(name: str, arguments: bytes = b")", *, build: bytes = b"") -> bytes:
+    """A pickle, written by hand, of {"state_dict": {}, "x": name(*arguments)}; `build` pushes a state to set."""
+    module, _, attribute = name.rpartition(".")
+    call = f"c{module}\n{attribute}\n".encode() + arguments + b"R" + (build + b"b" if build else b"")
+    return b"\x80\x02}(X\x0a\x00\x00\x00state_dict}X\x01\x00\x00\x00x" + call + b"u."
 
 
 CONTAINERS = {"plain": plain, "zip": torch_zip, "legacy": torch_legacy, "tar": torch_tar}

@@ -32,7 +32,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 class NumpyT5:
-    """Reads a state dict as the checkpoints hold it: matrices [out, in]."""
+    """Reads a state dict as the checkpoints hold it: matrices [out, in]. YMT3+ has no projection of its features."""
 
     def __init__(self, model: ModelSpec, tensors: Mapping[str, torch.Tensor]) -> None:
         self.model = model
@@ -40,8 +40,10 @@ class NumpyT5:
 
     def encode(self, features: np.ndarray) -> np.ndarray:
         """[frames, bins] -> [frames, d_model]."""
-        hidden = self._linear(features.astype(np.float64), "proj")
-        hidden += positions(len(features), self.model.d_model, self.model.position_base)
+        hidden = features.astype(np.float64)
+        if "proj.weight" in self.tensors:
+            hidden = self._linear(hidden, "proj")
+        hidden = hidden + self._positions("encoder", len(features))
         for i in range(self.model.encoder_layers):
             block = f"encoder.block.{i}.layer"
             normed = self._norm(hidden, f"{block}.0.layer_norm")
@@ -52,7 +54,7 @@ class NumpyT5:
     def decode(self, tokens: Sequence[int], states: np.ndarray) -> np.ndarray:
         """Logits after every token [tokens, vocab], the first token being the start."""
         hidden = self.tensors["decoder_embed_tokens.weight"][list(tokens)]
-        hidden = hidden + positions(len(tokens), self.model.d_model, self.model.position_base)
+        hidden = hidden + self._positions("decoder", len(tokens))
         for i in range(self.model.decoder_layers):
             block = f"decoder.block.{i}.layer"
             normed = self._norm(hidden, f"{block}.0.layer_norm")
@@ -65,6 +67,12 @@ class NumpyT5:
     def cross(self, states: np.ndarray, layer: int, name: str) -> np.ndarray:
         """Keys ("k") or values ("v") of one layer's cross-attention [heads, frames, d_kv]."""
         return self._heads(self._linear(states, f"decoder.block.{layer}.layer.1.EncDecAttention.{name}"))
+
+    def _positions(self, side: str, length: int) -> np.ndarray:
+        """The table of the checkpoint, where it has one."""
+        if f"{side}.positions" in self.tensors:
+            return self.tensors[f"{side}.positions"][:length]
+        return positions(length, self.model.d_model, self.model.position_base)
 
     def _linear(self, x: np.ndarray, name: str) -> np.ndarray:
         return x @ self.tensors[f"{name}.weight"].T

@@ -23,6 +23,7 @@ from mt3_export.onnx_graph import _check_contract
 from mt3_runtime.bundle import open_bundle
 from mt3_runtime.errors import BundleError, OptionError, OutputError
 from mt3_runtime.graphs import graph_specs
+from mt3_runtime.vocabulary import Vocabulary
 
 TESTS = Path(__file__).parent
 SPECS = graph_specs(TINY_MODEL, TINY_FEATURES)
@@ -340,3 +341,11 @@ def test_a_second_export_is_the_same_to_the_byte(tiny_folder, tmp_path):
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
     subprocess.run([sys.executable, TESTS / "export_again.py", tmp_path / "tiny"], env=environment, check=True)
     assert contents(tmp_path / "tiny") == contents(tiny_folder)
+
+
+def test_each_family_has_its_vocabulary():
+    """YourMT3: 206 shifts where MT3 has 1001, and its tokens are all of its head's."""
+    assert {family: len(Vocabulary(spec)) for family, spec in bundle_writer.VOCABULARIES.items()} == {
+        "mt3": 1391,
+        "yourmt3": 596,
+    }

@@ -286,3 +286,37 @@ def test_the_default_directory_follows_xdg(monkeypatch, tmp_path):
         assert default_directory() == tmp_path / ".cache" / "mt3-runtime" / "checkpoints"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
     assert default_directory() == tmp_path / "x" / "mt3-runtime" / "checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "start", "path"),
+    [
+        ("ymt3plus", 542_707_465, "76673d42", "notask_all_cross_v6_xk2_amp0811_gm_ext_plus_nops_b72 model.ckpt"),
+        (
+            "yptf-single", 361_050_039, "507ff129",
+            "ptf_all_cross_rebal5_mirst_xk2_edr005_attend_c_full_plus_b100 model.ckpt",
+        ),
+        (
+            "yptf-multi", 541_553_263, "f7ed46a7",
+            "ptf_mc13_256_all_cross_v6_xk5_amp0811_edr005_attend_c_full_plus_2psn_nl26_sb_b26r_800k model.ckpt",
+        ),
+        (
+            "yptf-moe-multi", 561_544_628, "ae38e415",
+            "mc13_256_g4_all_v7_mt3f_sqr_rms_moe_wf4_n8k2_silu_rope_rp_b36_nops last.ckpt",
+        ),
+        (
+            "yptf-moe-multi-ps", 758_957_292, "7427055b",
+            "mc13_256_g4_all_v7_mt3f_sqr_rms_moe_wf4_n8k2_silu_rope_rp_b80_ps2 model.ckpt",
+        ),
+    ],
+)  # fmt: skip
+def test_the_files_of_yourmt3_are_asked_for_where_they_lie(hub, tmp_path, name, size, start, path):
+    row = PUBLISHED[name]
+    assert (row.size, row.sha256[:8], row.local_name, row.model) == (size, start, f"{name}.ckpt", name)
+    directory, file = path.split(" ")
+    hub.announced_size = size + 1
+    hub.revisions = {row.revision}
+    with pytest.raises(CheckpointError, match=f"the published {name} has {size}"):
+        fetch_checkpoint(name, tmp_path)
+    address = f"/spaces/mimbres/YourMT3/resolve/{row.revision}/amt/logs/2024/{directory}/checkpoints/{file}"
+    assert hub.requests == [("HEAD", address, None)]

@@ -8,17 +8,33 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from bundle_cases import copied, forge, seal
 from conftest import TINY_FEATURES, TINY_MODEL
 from fast_export import FastExport
 from graph_cases import extents, one_thread
 from mt3_export.checkpoint import Checkpoint
+from mt3_export.design import PerceiverDesign
+from mt3_export.lowering import Eager
+from mt3_export.network import build_modules
 from mt3_export.random_weights import random_tensors
-from mt3_export.verify import GraphReport, _Comparison, chord_features, verify_bundle
+from mt3_export.random_yourmt3 import random_yourmt3_tensors
+from mt3_export.state import Sizes
+from mt3_export.verify import (
+    GraphReport,
+    Routing,
+    _Comparison,
+    _Reference,
+    chord_features,
+    decided_features,
+    verify_bundle,
+)
+from mt3_export.yourmt3_layout import Layout, PerceiverSizes
 from mt3_runtime.bundle import open_bundle
 from mt3_runtime.errors import BundleError, CheckpointError
 from mt3_runtime.graphs import GRAPH_NAMES
+from mt3_runtime.specs import FeatureSpec, ModelSpec
 
 WEIGHTS = "weights.fp32.bin"
 STEPS = 6
@@ -272,3 +288,74 @@ def test_what_passes(relative, tokens, passed):
     assert report.passed is passed
     assert report.to_dict()["passed"] is passed
     assert report.to_text().startswith("ok  " if passed else "FAIL")
+
+
+# ---- several channels ----------------------------------------------------------------------------------------------
+
+
+def channel_checkpoint() -> Checkpoint:
+    """A small PerceiverTF network with three channels and experts."""
+    perceiver = PerceiverSizes(8, 128, 6, 32, 32, 1, 1, 1, 64, 4, 0, 2, "layer")
+    layout = Layout(Sizes(32, 32, 48, 1, 2, 596), 40, channels=3, shared=True, perceiver=perceiver)
+    spec = ModelSpec("yourmt3", "small", 32, 2, 16, 48, 1, 2, 596, 256, 40, 0, 1, channels=3)
+    features = FeatureSpec("yourmt3_spectrum", mel_norm=False, hop_length=2000, bins=1024, segment_samples=32_767)
+    design = PerceiverDesign(heads=8, residual=True, chosen=2, norm="layer")
+    return Checkpoint(spec, features, random_yourmt3_tensors(layout, 1, 2), "random:1", None, design=design)
+
+
+@pytest.mark.parametrize("change", [0.0, 1e-3])
+def test_every_channel_counts(change):
+    """The graph is torch in float32, with one weight of the decoder off or not: no tracing, no ONNX."""
+    checkpoint = channel_checkpoint()
+    features = chord_features(checkpoint.features, 2, 0)
+    assert features.shape == (2, 17, 1024)
+    assert (features.min(), features.max()) == (0.0, pytest.approx(1, abs=0.01))
+    parts = checkpoint.model, checkpoint.features
+    reference = _Reference(build_modules(*parts, checkpoint.tensors, Eager(), checkpoint.design), features, 5, 0)
+    key = "decoder.block.1.layer.1.EncDecAttention.o.weight"
+    tensors = checkpoint.tensors | {key: checkpoint.tensors[key] * (1 + change)}
+    modules = build_modules(*parts, tensors, Eager(), checkpoint.design)
+    for graph, module in modules.items():
+
+        def runner(inputs, module=module):
+            with torch.inference_mode():
+                outputs = module(*map(torch.from_numpy, inputs))
+            return [output.numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
+
+        compare = _Comparison()
+        reference.run(graph, runner, compare)
+        assert (compare.relative > 1e-5) == (graph == "decode_step" and change > 0)
+        assert compare.relative < 1e-2
+        assert compare.counts[0] == (2 * 3 * 5 if graph == "decode_step" else 0)
+    states = reference.states
+    assert states.shape == (2, 3, 17, 32)
+    assert (states[:, 0] - states[:, 1]).abs().max() > 0.01
+
+
+def test_segments_that_leave_a_choice_of_experts_to_rounding_are_passed_over():
+    """A router that all but ties on some of the segments, as by chance every third of full size does."""
+    checkpoint = channel_checkpoint()
+    routing, seen = Routing(), []
+
+    class Router(torch.nn.Module):
+        def forward(self, features):
+            assert features.dtype == torch.float64
+            seen.append(features.float().numpy())
+            gap = (3e-6, 0.5, 2e-5, 9e-6, 0.2)[len(seen) - 1]
+            logits = torch.tensor([[2.0, 1.0, 1.0 - gap, 0.0]], dtype=torch.float64)
+            matrices = [(torch.eye(3).double(),) * 3] * 4
+            routing.experts(torch.ones(1, 3).double(), logits.softmax(-1), matrices, 2)
+
+    found = decided_features(Router(), routing, checkpoint.features, 3, 5)
+    np.testing.assert_array_equal(found, np.concatenate([seen[1], seen[4], seen[2]]))
+    assert len(seen) == 5
+    np.testing.assert_array_equal(seen[1], chord_features(checkpoint.features, 1, 6))
+
+
+def test_experts_that_all_serve_leave_no_choice():
+    routing = Routing()
+    matrices = [(torch.eye(3),) * 3] * 2
+    routing.experts(torch.ones(1, 3), torch.tensor([[0.5, 0.5]]), matrices, 2)
+    assert routing.gap == np.inf
+    routing.experts(torch.ones(2, 3), torch.tensor([[0.7, 0.3], [0.6, 0.4]]), matrices, 1)
+    assert routing.gap == pytest.approx(np.log(1.5))

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from mt3_export.checkpoint import Checkpoint
     from mt3_runtime.manifest import Precision, WeightsStorage
 
+# YourMT3 counts steps from the start of a segment, which is 205 steps long.
+VOCABULARIES = {"mt3": VocabularySpec(), "yourmt3": VocabularySpec(max_shift_steps=205)}
 TOOLS = ("torch", "onnxscript", "onnx_ir")
 
 
@@ -82,7 +84,7 @@ def export_bundle(
             version=VERSION,
             model=checkpoint.model,
             features=checkpoint.features,
-            vocabulary=VocabularySpec(),
+            vocabulary=VOCABULARIES[checkpoint.model.family],
             contracts=tuple(graph_specs(checkpoint.model, checkpoint.features).values()),
             graphs=graphs,
             files=files,
@@ -106,7 +108,7 @@ def _write_graphs(
     entries = []
     try:
         for lowering, ops in LOWERINGS.items():
-            modules = build_modules(checkpoint.model, checkpoint.features, checkpoint.tensors, ops)
+            modules = build_modules(checkpoint.model, checkpoint.features, checkpoint.tensors, ops, checkpoint.design)
             for name, spec in specs.items():
                 graph = trace(modules[name], spec)
                 weights.move(graph, tables=dict(modules[name].named_buffers(PREFIX)))

@@ -13,7 +13,10 @@ from mt3_export.random_weights import random_tensors
 from mt3_export.settings import Settings, check_options, from_row, resolve
 from mt3_export.state import MT3_SIZES, Sizes, check_shapes, drop_copies, infer_sizes, printable, widen
 from mt3_export.stored import read_state
-from mt3_runtime.errors import BundleError, CheckpointError
+from mt3_export.yourmt3_checkpoint import random_yourmt3, read_yourmt3
+from mt3_export.yourmt3_models import MODELS
+from mt3_export.yourmt3_settings import refuse_other_options
+from mt3_runtime.errors import BundleError, CheckpointError, OptionError
 from mt3_runtime.specs import FeatureSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -22,8 +25,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mt3_export.design import PerceiverDesign
+    from mt3_export.published import PublishedCheckpoint
     from mt3_export.settings import Setting
+    from mt3_export.stored import StoredState
 
+MODEL_NAMES = ("mt3", *MODELS)
 RANDOM_PREFIX = "random:"
 _LARGEST_FILE = 2**31  # bytes; the largest published file of the family is a third of it
 
@@ -49,6 +55,7 @@ class Checkpoint:
 def load_checkpoint(
     source: str | Path,
     *,
+    model: str = "mt3",
     frontend: str | None = None,
     mel_norm: bool | None = None,
     position_base: int | None = None,
@@ -62,6 +69,7 @@ def load_checkpoint(
 
     Args:
         source: path of a file, or `random:SEED`.
+        model: one of `MODEL_NAMES`; never guessed, but a file that is seen to be another one is refused.
         frontend: as `FeatureSpec.frontend`.
         mel_norm: as `FeatureSpec.mel_norm`.
         position_base: as `ModelSpec.position_base`.
@@ -70,8 +78,10 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: the file cannot be read, is something else, is unsafe, or does not fit the model.
-        OptionError: an argument is out of range.
+        OptionError: an argument is out of range, or not for this model.
     """
+    if model not in MODEL_NAMES:
+        raise OptionError(f"there is no model {model!r:.100}: use one of {', '.join(MODEL_NAMES)}")
     given = check_options(
         {
             "num_heads": num_heads,
@@ -81,39 +91,68 @@ def load_checkpoint(
             "max_length": max_length,
         }
     )
+    if model != "mt3":
+        refuse_other_options(given, model)
     if isinstance(source, str) and source.startswith(RANDOM_PREFIX):
-        return _random_checkpoint(source, given)
+        return _random_checkpoint(source, model, given)
     path = Path(source)
     try:
-        return _load_file(path, given)
+        return _load_file(path, model, given)
     except CheckpointError as error:
         raise CheckpointError(f"{printable(str(path), limit=400)} {error}") from error
 
 
-def _load_file(path: Path, given: Mapping[str, Setting]) -> Checkpoint:
+def _load_file(path: Path, model: str, given: Mapping[str, Setting]) -> Checkpoint:
     data = _read_bytes(path)
     sha256 = hashlib.sha256(data).hexdigest()
-    stored = read_state(data)
+    row = recognise(sha256)
+    if row and row.model != model and row.model in MODEL_NAMES:
+        raise CheckpointError(f"is the published {row.model}, not {model}: give --model {row.model}")
+    stored = read_state(data, model)
+    del data  # files of three quarters of a GB
+    name = row.model if row else path.stem
+    if model == "mt3":
+        return _mt3_checkpoint(stored, row, given, name, path.name, sha256)
+    network = read_yourmt3(stored, model, name, given, published=row is not None)
+    return Checkpoint(
+        network.model, network.features, network.tensors, path.name, sha256, network.warnings, network.design
+    )
+
+
+def _mt3_checkpoint(
+    stored: StoredState,
+    row: PublishedCheckpoint | None,
+    given: Mapping[str, Setting],
+    name: str,
+    source: str,
+    sha256: str,
+) -> Checkpoint:
     widened, conversions = widen(stored.tensors)
     tensors = drop_copies(widened)
     sizes = infer_sizes(tensors)
-    row = recognise(sha256)
     settings = resolve(given, row, stored.metadata, sizes)
-    model, features = _specs(row.model if row else path.stem, sizes, settings)
+    model, features = _specs(name, sizes, settings)
     _check_d_kv(model, stored.metadata or {})
     check_shapes(model, tensors)
-    return Checkpoint(model, features, tensors, path.name, sha256, settings.warnings + conversions)
+    return Checkpoint(model, features, tensors, source, sha256, settings.warnings + conversions)
 
 
-def _random_checkpoint(source: str, given: Mapping[str, Setting]) -> Checkpoint:
+def _random_checkpoint(source: str, model: str, given: Mapping[str, Setting]) -> Checkpoint:
     text = source.removeprefix(RANDOM_PREFIX)
     if not (text.isascii() and text.isdigit() and len(text) <= 18):
         raise CheckpointError(f"{source[:100]!r} has no seed: use a whole number, as in {RANDOM_PREFIX}0")
     seed = int(text)
-    settings = Settings({**from_row(PUBLISHED["mt3"]), **given})
-    model, features = _specs(f"random-{seed}", MT3_SIZES, settings)
+    label = f"{RANDOM_PREFIX}{seed}"
     warning = f"random weights (seed {seed}): for tests and timing, the notes mean nothing"
-    return Checkpoint(model, features, random_tensors(model, seed), f"{RANDOM_PREFIX}{seed}", None, (warning,))
+    if model != "mt3":
+        try:
+            network = random_yourmt3(model, seed, given)
+        except CheckpointError as error:
+            raise CheckpointError(f"{label} {error}") from error
+        return Checkpoint(network.model, network.features, network.tensors, label, None, (warning,), network.design)
+    settings = Settings({**from_row(PUBLISHED["mt3"]), **given})
+    spec, features = _specs(f"random-{seed}", MT3_SIZES, settings)
+    return Checkpoint(spec, features, random_tensors(spec, seed), label, None, (warning,))
 
 
 def _read_bytes(path: Path) -> bytes:

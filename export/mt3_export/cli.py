@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mt3_export.published import PUBLISHED
+from mt3_export.yourmt3_models import MODELS as YOURMT3
 from mt3_runtime.cli import positive, report_errors
 from mt3_runtime.errors import CheckpointError
-from mt3_runtime.specs import FRONTENDS, POSITION_BASES
+from mt3_runtime.specs import MT3_FRONTENDS, POSITION_BASES
 from mt3_runtime.version import __version__
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001 -- argparse names it no other way
 
-MODELS = ("mt3",)
+MODELS = ("mt3", *YOURMT3)
 DIFFERS = 1  # exit code of `verify` when a graph is further from torch than it may be
 
 
@@ -46,9 +47,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="FILE|random:SEED", help="weights to export")
-    parser.add_argument("--position-base", type=int, choices=POSITION_BASES, help="255: Magenta's rule; 256: MR-MT3's")
-    parser.add_argument("--frontend", choices=FRONTENDS, help="log-mel the weights were trained with")
-    parser.add_argument("--mel-norm", choices=("on", "off"), help="whether it was scaled to 0..1")
+    parser.add_argument(
+        "--position-base", type=int, choices=POSITION_BASES, help="mt3: 255, Magenta's rule, or 256, MR-MT3's"
+    )
+    parser.add_argument("--frontend", choices=MT3_FRONTENDS, help="mt3: log-mel it was trained with")
+    parser.add_argument("--mel-norm", choices=("on", "off"), help="mt3: whether it was scaled to 0..1")
     parser.add_argument("--num-heads", type=positive, metavar="N", help="attention heads, where the file does not say")
     parser.add_argument("--max-length", type=positive, metavar="N", help="longest token sequence of a segment")
     parser.add_argument("--name", help="what the model is called in results (default: from the file)")
@@ -68,6 +71,7 @@ def _add_bundle(commands: Commands) -> None:
 def _add_verify(commands: Commands) -> None:
     parser = commands.add_parser("verify", help="compare a bundle's graphs with torch, step by step")
     parser.add_argument("bundle", type=Path, metavar="DIR")
+    parser.add_argument("--model", choices=MODELS, default="mt3", help="what the checkpoint is (default: mt3)")
     _add_checkpoint_options(parser)
     parser.add_argument("--segments", type=positive, default=2, metavar="N")
     parser.add_argument("--steps", type=positive, default=64, metavar="N")
@@ -96,6 +100,7 @@ def _load(arguments: argparse.Namespace) -> Checkpoint:
 
     checkpoint = load_checkpoint(
         arguments.checkpoint,
+        model=arguments.model,
         frontend=arguments.frontend,
         mel_norm=None if arguments.mel_norm is None else arguments.mel_norm == "on",
         position_base=arguments.position_base,

@@ -1,7 +1,8 @@
-"""Says what a file is when it is not MT3 weights, from its bytes and names alone: nothing is opened or run."""
+"""Says what a file is when it is not what it was given as, from its bytes and names alone: nothing is opened or run."""
 
 from __future__ import annotations
 
+from mt3_export.yourmt3_models import MODELS, identify
 from mt3_runtime.errors import CheckpointError
 
 _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
@@ -12,12 +13,9 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"\x89hdf", "is an HDF5 file, not torch or safetensors: use the PyTorch weights"),
 )
 
-# Looked for in this order: a YourMT3 or memory checkpoint is a Lightning file too, and should be told apart.
+_YOURMT3 = (b"task_manager", b"pitchshift", b"latent_array", b"additive_pe")
+# Looked for in this order: a memory checkpoint is a Lightning file too, and should be told apart.
 _NAMES: tuple[tuple[tuple[bytes, ...], str], ...] = (
-    (
-        (b"task_manager", b"pitchshift", b"latent_array", b"additive_pe"),
-        "is a YourMT3 checkpoint, not supported by this version: use mt3 weights",
-    ),
     ((b"segmem_",), "is MR-MT3 with memory, not supported by this version: use mt3 weights"),
     (
         (b"pytorch-lightning_version", b"model.encoder.block", b"model.decoder.block", b"model.proj.weight"),
@@ -53,15 +51,23 @@ def _looks_like_onnx(data: bytes) -> bool:
     return len(data) > 3 and data[0] == 0x08 and 1 <= data[1] <= 64 and data[2] in range(0x12, 0x43, 8)
 
 
-def refuse_foreign_names(names: bytes) -> None:
+def refuse_foreign_names(names: bytes, model: str) -> None:
     """Refuse another model by the names it holds.
 
     Args:
         names: the pickle of a torch file, or the keys of a safetensors file.
+        model: what the file was given as.
 
     Raises:
         CheckpointError: says which model it is.
     """
+    if any(marker in names for marker in _YOURMT3):
+        if model != "mt3":
+            return
+        found = identify(names) or tuple(MODELS)
+        raise CheckpointError(f"is a YourMT3 checkpoint, not mt3: give --model {' or '.join(found)}")
     for markers, verdict in _NAMES:
         if any(marker in names for marker in markers):
             raise CheckpointError(verdict)
+    if model != "mt3" and b"proj.weight" in names and b"encoder.block." in names:
+        raise CheckpointError(f"is an MT3 checkpoint, not {model}: give --model mt3")

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import onnx
 
 from mt3_runtime.bundle import open_bundle
+from mt3_runtime.specs import MT3_FRONTENDS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from mt3_runtime.manifest import Manifest
+    from mt3_runtime.specs import FeatureSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +37,27 @@ class Inspection:
         tools = ", ".join(f"{name} {version}" for name, version in origin.tools.items())
         layers = f"{model.encoder_layers} + {model.decoder_layers} layers, d_model {model.d_model}, d_ff {model.d_ff}"
         attention = f"{model.num_heads} heads x {model.d_kv}, position base {model.position_base}"
-        frames = (
-            f"{features.segment_frames} frames x {features.bins} bins, {features.f_min:g}-{features.f_max:g} Hz"
-        )
-        norm = "on" if features.mel_norm else "off"
+        room = f"at most {model.max_length} tokens" + (f" in each of {model.channels} channels" * (model.channels > 1))
         lines = [
             f"{model.name} ({model.family}), bundle {self.sha256[:16]}, {size / 1e6:.1f} MB, every file verified",
             f"from      {origin.checkpoint} (sha256 {origin.checkpoint_sha256}), weights in {origin.weights_storage}",
             f"exported  by {origin.exporter} with {tools}",
-            f"network   {layers}, {attention}, vocabulary {model.vocab_size}, at most {model.max_length} tokens",
-            f"features  {features.frontend}, normalisation {norm}, {frames}",
+            f"network   {layers}, {attention}, vocabulary {model.vocab_size}, {room}",
+            f"features  {features.frontend}, {_describe(features)}",
         ]
         lines += [f"notice    {origin.notice}"] if origin.notice else []
         for file, counts in self.operators.items():
             kinds = ", ".join(f"{name} {count}" for name, count in counts.items())
             lines.append(f"graph     {file}: {sum(counts.values())} nodes ({kinds})")
         return "\n".join(lines)
+
+
+def _describe(features: FeatureSpec) -> str:
+    frames = f"{features.segment_frames} frames x {features.bins} bins"
+    if features.frontend == "yourmt3_spectrum":
+        return frames
+    norm = f"normalisation {'on' if features.mel_norm else 'off'}, " if features.frontend in MT3_FRONTENDS else ""
+    return f"{norm}{frames}, {features.f_min:g}-{features.f_max:g} Hz"
 
 
 def inspect_bundle(path: Path) -> Inspection:

@@ -15,7 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 -- the name every torch user knows
 from torch.onnx.ops import symbolic, symbolic_multi_out
 
+from mt3_export.experts import dense_experts, expert, grouped_experts, kept
+
 if TYPE_CHECKING:
+    from mt3_export.experts import Matrices
     from mt3_runtime.manifest import LoweringName
 
 NORM_EPSILON = 1e-6
@@ -26,9 +29,15 @@ class Lowering(Protocol):
     """How the engine-dependent operations are written."""
 
     name: str
+    winograd: bool  # whether fewer products are worth more sums to convolutions: see `mt3_export.winograd`
 
-    def add_rms_norm(self, x: Tensor, update: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x + update, and that scaled to unit mean square along the last axis, times `gain`."""
+    def add_norm(
+        self, x: Tensor, update: Tensor, gain: Tensor, bias: Tensor | None = None, epsilon: float = NORM_EPSILON
+    ) -> tuple[Tensor, Tensor]:
+        """Return x + update, and that normalised along the last axis: as layer norm does if there is a bias.
+
+        Without one it is scaled to unit mean square, times `gain`.
+        """
 
     def gelu(self, x: Tensor) -> Tensor:
         """GELU in its tanh form."""
@@ -36,8 +45,14 @@ class Lowering(Protocol):
     def attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
         """Attend without a mask: query [n, q, heads*d]; key, value [n, heads, k, d] -> [n, q, heads*d]."""
 
-    def encoder_attention(self, qkv: Tensor, heads: int) -> Tensor:
-        """Self-attend without a mask: qkv [n, t, 3*heads*d] -> [n, t, heads*d]."""
+    def encoder_attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+        """Attend without a mask: query [n, q, heads*d]; key, value [n, k, heads*d] -> [n, q, heads*d]."""
+
+    def rotate(self, query: Tensor, cosines: Tensor, sines: Tensor, heads: int) -> Tensor:
+        """Turn the first pairs of neighbours of every head: query [n, t, heads*d]; angles' [t, pairs]."""
+
+    def experts(self, tokens: Tensor, probabilities: Tensor, experts: list[Matrices], chosen: int) -> Tensor:
+        """Mix each token's `chosen` likeliest experts, see `mt3_export.experts`: tokens [n, d] -> [n, d]."""
 
     def cached_attention(
         self, qkv: Tensor, key: Tensor, value: Tensor, position: Tensor, heads: int
@@ -59,14 +74,29 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def rotated(query: Tensor, cosines: Tensor, sines: Tensor, heads: int) -> Tensor:
+    """`Lowering.rotate` in plain torch."""
+    size = 2 * cosines.shape[1]
+    split = query.reshape(*query.shape[:-1], heads, query.shape[-1] // heads)  # [n, t, heads, d]
+    x, y = split[..., :size:2], split[..., 1:size:2]
+    cos, sin = cosines[:, None], sines[:, None]
+    turned = torch.stack((x * cos - y * sin, y * cos + x * sin), -1).flatten(-2)
+    return torch.cat((turned, split[..., size:]), -1).reshape(query.shape)
+
+
 class Eager:
     """Plain torch, in the shortest form that can be checked by eye."""
 
     name = "eager"
+    winograd = False
 
-    def add_rms_norm(self, x: Tensor, update: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    def add_norm(
+        self, x: Tensor, update: Tensor, gain: Tensor, bias: Tensor | None = None, epsilon: float = NORM_EPSILON
+    ) -> tuple[Tensor, Tensor]:
         x = x + update
-        return x, x * torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPSILON) * gain
+        if bias is not None:
+            return x, F.layer_norm(x, gain.shape, gain, bias, epsilon)
+        return x, x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * gain
 
     def gelu(self, x: Tensor) -> Tensor:
         return F.gelu(x, approximate="tanh")
@@ -75,9 +105,15 @@ class Eager:
         scores = split_heads(query, heads) @ key.transpose(-1, -2)
         return merge_heads(scores.softmax(-1) @ value)
 
-    def encoder_attention(self, qkv: Tensor, heads: int) -> Tensor:
-        query, key, value = qkv.chunk(3, -1)
+    def encoder_attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
         return self.attention(query, split_heads(key, heads), split_heads(value, heads), heads)
+
+    def rotate(self, query: Tensor, cosines: Tensor, sines: Tensor, heads: int) -> Tensor:
+        return rotated(query, cosines, sines, heads)
+
+    def experts(self, tokens: Tensor, probabilities: Tensor, experts: list[Matrices], chosen: int) -> Tensor:
+        weights = kept(probabilities, chosen)
+        return torch.stack([weights[:, [i]] * expert(tokens, *experts[i]) for i in range(len(experts))]).sum(0)
 
     def cached_attention(
         self, qkv: Tensor, key: Tensor, value: Tensor, position: Tensor, heads: int
@@ -96,13 +132,19 @@ class OnnxRuntime:
     """Fused operators of ONNX Runtime's `com.microsoft` domain."""
 
     name = "ort"
+    winograd = True
 
-    def add_rms_norm(self, x: Tensor, update: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    def add_norm(
+        self, x: Tensor, update: Tensor, gain: Tensor, bias: Tensor | None = None, epsilon: float = NORM_EPSILON
+    ) -> tuple[Tensor, Tensor]:
+        if bias is not None:  # its own fused operator, SkipLayerNormalization, is four times slower than two
+            x = x + update
+            return x, F.layer_norm(x, gain.shape, gain, bias, epsilon)
         statistics = (*x.shape[:-1], 1)  # mean and inverse deviation, for training only
         normed, _, _, total = symbolic_multi_out(
             "com.microsoft::SkipSimplifiedLayerNormalization",
             (x, update, gain),
-            {"epsilon": NORM_EPSILON},
+            {"epsilon": epsilon},
             dtypes=(FLOAT, FLOAT, FLOAT, FLOAT),
             shapes=(x.shape, statistics, statistics, x.shape),
         )
@@ -120,9 +162,21 @@ class OnnxRuntime:
             shape=query.shape,
         )
 
-    def encoder_attention(self, qkv: Tensor, heads: int) -> Tensor:
-        query, key, value = qkv.chunk(3, -1)
+    def encoder_attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
         return self.attention(query, key, value, heads)
+
+    def rotate(self, query: Tensor, cosines: Tensor, sines: Tensor, heads: int) -> Tensor:
+        first = torch.zeros(1, dtype=torch.int64)
+        return symbolic(
+            "com.microsoft::RotaryEmbedding",
+            (query, first, cosines, sines),
+            {"interleaved": 1, "num_heads": heads, "rotary_embedding_dim": 2 * cosines.shape[1]},
+            dtype=FLOAT,
+            shape=query.shape,
+        )
+
+    def experts(self, tokens: Tensor, probabilities: Tensor, experts: list[Matrices], chosen: int) -> Tensor:
+        return grouped_experts(tokens, probabilities, experts, chosen)
 
     def cached_attention(
         self, qkv: Tensor, key: Tensor, value: Tensor, position: Tensor, heads: int
@@ -151,16 +205,15 @@ class TensorRT:
     """Standard operators of opset 24, in the forms TensorRT's parser maps to its own layers."""
 
     name = "tensorrt"
+    winograd = False
 
-    def add_rms_norm(self, x: Tensor, update: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    def add_norm(
+        self, x: Tensor, update: Tensor, gain: Tensor, bias: Tensor | None = None, epsilon: float = NORM_EPSILON
+    ) -> tuple[Tensor, Tensor]:
         x = x + update
-        return x, symbolic(
-            "RMSNormalization",
-            (x, gain),
-            {"epsilon": NORM_EPSILON, "axis": -1},
-            dtype=FLOAT,
-            shape=x.shape,
-        )
+        if bias is not None:
+            return x, F.layer_norm(x, gain.shape, gain, bias, epsilon)
+        return x, symbolic("RMSNormalization", (x, gain), {"epsilon": epsilon, "axis": -1}, dtype=FLOAT, shape=x.shape)
 
     def gelu(self, x: Tensor) -> Tensor:
         return symbolic("Gelu", (x,), {"approximate": "tanh"}, dtype=FLOAT, shape=x.shape)
@@ -168,9 +221,14 @@ class TensorRT:
     def attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
         return merge_heads(self._attend(split_heads(query, heads), key, value))
 
-    def encoder_attention(self, qkv: Tensor, heads: int) -> Tensor:
-        query, key, value = (split_heads(part, heads) for part in qkv.chunk(3, -1))
-        return merge_heads(self._attend(query, key, value))
+    def encoder_attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+        return merge_heads(self._attend(*(split_heads(part, heads) for part in (query, key, value))))
+
+    def rotate(self, query: Tensor, cosines: Tensor, sines: Tensor, heads: int) -> Tensor:
+        return rotated(query, cosines, sines, heads)
+
+    def experts(self, tokens: Tensor, probabilities: Tensor, experts: list[Matrices], chosen: int) -> Tensor:
+        return dense_experts(tokens, kept(probabilities, chosen), experts)
 
     def cached_attention(
         self, qkv: Tensor, key: Tensor, value: Tensor, position: Tensor, heads: int

@@ -1,4 +1,4 @@
-"""The MT3 network as three torch modules, one a graph, over weights fused for inference.
+"""The networks of the MT3 family as three torch modules, one a graph, over weights fused for inference.
 
 T5 v1.1 without biases, without relative positions and without attention scaling; sinusoidal positions are added
 to the inputs (magenta/mt3 `network.py`, `layers.py`). Query, key and value projections are one matrix, the two
@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 -- the name every torch user knows
 
 from mt3_export.lowering import split_heads
+from mt3_export.perceiver import PerceiverEncoder
+from mt3_export.weights import Weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from mt3_export.design import PerceiverDesign
     from mt3_export.lowering import Lowering
     from mt3_runtime.specs import FeatureSpec, ModelSpec
 
@@ -37,24 +40,10 @@ def sinusoid(length: int, width: int, base: int) -> Tensor:
     return torch.cat((angles.sin(), angles.cos()), dim=-1).float()
 
 
-class Weights:
-    """Reads tensors below one prefix; matrices come out transposed, and fused when several are named."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
-        self.tensors, self.prefix = tensors, prefix
-
-    def below(self, prefix: str) -> Weights:
-        """The same tensors, one level down."""
-        return Weights(self.tensors, f"{self.prefix}{prefix}.")
-
-    def matrix(self, *names: str) -> nn.Parameter:
-        """The named [out, in] matrices side by side as one [in, sum of outs]."""
-        parts = [self.tensors[f"{self.prefix}{name}.weight"] for name in names]
-        return nn.Parameter(torch.cat(parts).T.contiguous(), requires_grad=False)
-
-    def vector(self, name: str) -> nn.Parameter:
-        """A tensor as it stands."""
-        return nn.Parameter(self.tensors[f"{self.prefix}{name}.weight"], requires_grad=False)
+def position_table(side: str, length: int, model: ModelSpec, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Position codes [length, d_model]: the checkpoint's own `{side}.positions` where it has them."""
+    table = tensors.get(f"{side}.positions")
+    return sinusoid(length, model.d_model, model.position_base) if table is None else table[:length].float()
 
 
 class FeedForward(nn.Module):
@@ -85,9 +74,10 @@ class EncoderLayer(nn.Module):
         self.feed_forward = FeedForward(weights.below("layer.1"), ops)
 
     def forward(self, hidden: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
-        hidden, normed = self.ops.add_rms_norm(hidden, update, self.norm)
-        update = self.ops.encoder_attention(normed @ self.qkv, self.heads) @ self.output
-        hidden, normed = self.ops.add_rms_norm(hidden, update, self.feed_forward.norm)
+        hidden, normed = self.ops.add_norm(hidden, update, self.norm)
+        query, key, value = (normed @ self.qkv).chunk(3, -1)
+        update = self.ops.encoder_attention(query, key, value, self.heads) @ self.output
+        hidden, normed = self.ops.add_norm(hidden, update, self.feed_forward.norm)
         return hidden, self.feed_forward(normed)
 
 
@@ -99,8 +89,8 @@ class Encoder(nn.Module):
     def __init__(self, model: ModelSpec, frames: int, tensors: Mapping[str, Tensor], ops: Lowering) -> None:
         super().__init__()
         self.ops = ops
-        self.projection = Weights(tensors).matrix("proj")
-        self.register_buffer("positions", sinusoid(frames, model.d_model, model.position_base))
+        self.projection = Weights(tensors).matrix("proj") if "proj.weight" in tensors else None
+        self.register_buffer("positions", position_table("encoder", frames, model, tensors))
         blocks = Weights(tensors, "encoder.block.")
         self.layers = nn.ModuleList(
             EncoderLayer(blocks.below(str(i)), model.num_heads, ops) for i in range(model.encoder_layers)
@@ -108,11 +98,11 @@ class Encoder(nn.Module):
         self.final_norm = Weights(tensors, "encoder.").vector("final_layer_norm")
 
     def forward(self, features: Tensor) -> Tensor:
-        hidden = features @ self.projection
+        hidden = features if self.projection is None else features @ self.projection
         update = self.positions
         for layer in self.layers:
             hidden, update = layer(hidden, update)
-        _, states = self.ops.add_rms_norm(hidden, update, self.final_norm)
+        _, states = self.ops.add_norm(hidden, update, self.final_norm)
         return states.unsqueeze(1)
 
 
@@ -147,11 +137,11 @@ class DecoderLayer(nn.Module):
     def forward(
         self, hidden: Tensor, update: Tensor, position: Tensor, cross: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        hidden, normed = self.ops.add_rms_norm(hidden, update, self.norm)
+        hidden, normed = self.ops.add_norm(hidden, update, self.norm)
         output, key, value = self.ops.cached_attention(normed @ self.qkv, *own, position, self.heads)
-        hidden, normed = self.ops.add_rms_norm(hidden, output @ self.output, self.cross_norm)
+        hidden, normed = self.ops.add_norm(hidden, output @ self.output, self.cross_norm)
         output = self.ops.attention(normed @ self.cross_query, *cross, self.heads)
-        hidden, normed = self.ops.add_rms_norm(hidden, output @ self.cross_output, self.feed_forward.norm)
+        hidden, normed = self.ops.add_norm(hidden, output @ self.cross_output, self.feed_forward.norm)
         return hidden, self.feed_forward(normed), key, value
 
 
@@ -164,7 +154,7 @@ class DecodeStep(nn.Module):
         super().__init__()
         self.ops = ops
         self.embedding = Weights(tensors).vector("decoder_embed_tokens")
-        self.register_buffer("positions", sinusoid(model.max_length, model.d_model, model.position_base))
+        self.register_buffer("positions", position_table("decoder", model.max_length, model, tensors))
         blocks = Weights(tensors, "decoder.block.")
         self.layers = nn.ModuleList(
             DecoderLayer(blocks.below(str(i)), model.num_heads, ops) for i in range(model.decoder_layers)
@@ -183,7 +173,7 @@ class DecodeStep(nn.Module):
             hidden, update, key, value = layer(hidden, update, position, cross, own)
             keys.append(key)
             values.append(value)
-        _, normed = self.ops.add_rms_norm(hidden, update, self.final_norm)
+        _, normed = self.ops.add_norm(hidden, update, self.final_norm)
         logits = (normed @ self.head).squeeze(1)  # [rows, vocab]
         next_token, log_prob = choose(logits)
         return next_token, log_prob, *keys, *values, logits
@@ -198,11 +188,16 @@ def choose(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def build_modules(
-    model: ModelSpec, features: FeatureSpec, tensors: Mapping[str, Tensor], ops: Lowering
+    model: ModelSpec,
+    features: FeatureSpec,
+    tensors: Mapping[str, Tensor],
+    ops: Lowering,
+    design: PerceiverDesign | None = None,
 ) -> dict[str, nn.Module]:
-    """The module of every graph, by the graph's name."""
-    return {
-        "encoder": Encoder(model, features.segment_frames, tensors, ops),
-        "cross_kv": CrossKV(model, tensors),
-        "decode_step": DecodeStep(model, tensors, ops),
-    }
+    """The module of every graph, by the graph's name; `design` is that of the encoder where it is not T5's."""
+    encoder: nn.Module
+    if design is None:
+        encoder = Encoder(model, features.segment_frames, tensors, ops)
+    else:
+        encoder = PerceiverEncoder(model, features, tensors, design, ops)
+    return {"encoder": encoder, "cross_kv": CrossKV(model, tensors), "decode_step": DecodeStep(model, tensors, ops)}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mt3_export.experts import expand_experts
 from mt3_runtime.errors import BundleError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def trace(module: torch.nn.Module, spec: GraphSpec) -> ir.Model:
         raise BundleError(f"torch exported no graph for {spec.name}: use torch >= 2.10")
     model = program.model
     _check_contract(model.graph, spec)
+    expand_experts(model)
     _tidy(model, spec)
     return model
 

@@ -8,10 +8,11 @@ from pathlib import PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
+from mt3_export.yourmt3_models import MODELS
 from mt3_runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,65 @@ class PublishedCheckpoint:
         return self.name + PurePosixPath(self.filename).suffix
 
 
+def _yourmt3_rows() -> Iterator[PublishedCheckpoint]:
+    """Five files of the Space mimbres/YourMT3; other projects pin the same commit, hashes and sizes."""
+    for name, directory, file, sha256, size in _YOURMT3_FILES:
+        constants = MODELS[name]
+        yield PublishedCheckpoint(
+            name=name,
+            repository="mimbres/YourMT3",
+            repository_type="space",
+            revision="5e66c1ea173a8186e0d20432b841d3180cc015b5",
+            filename=f"amt/logs/2024/{directory}/checkpoints/{file}",
+            sha256=sha256,
+            size=size,
+            model=name,
+            num_heads=constants.num_heads,
+            max_length=constants.max_length,
+            frontend=constants.frontend,
+            mel_norm=False,
+            position_base=256,
+        )
+
+
+_YOURMT3_FILES = (
+    (
+        "ymt3plus",
+        "notask_all_cross_v6_xk2_amp0811_gm_ext_plus_nops_b72",
+        "model.ckpt",
+        "76673d4289aae1a66984b3fee59157d484cda8fdf9b56279251b137321d448e6",
+        542_707_465,
+    ),
+    (
+        "yptf-single",
+        "ptf_all_cross_rebal5_mirst_xk2_edr005_attend_c_full_plus_b100",
+        "model.ckpt",
+        "507ff129bf68f65b3b3439368706fc413523fc729d994e4da2c3f50860b05dde",
+        361_050_039,
+    ),
+    (
+        "yptf-multi",
+        "ptf_mc13_256_all_cross_v6_xk5_amp0811_edr005_attend_c_full_plus_2psn_nl26_sb_b26r_800k",
+        "model.ckpt",
+        "f7ed46a7c61244bd35485143a791b3cf46515ef96239793845ae8e4084865130",
+        541_553_263,
+    ),
+    (
+        "yptf-moe-multi",
+        "mc13_256_g4_all_v7_mt3f_sqr_rms_moe_wf4_n8k2_silu_rope_rp_b36_nops",
+        "last.ckpt",
+        "ae38e415c79efd5592dcb9b658cdb99ddb11d4c4e1eaa364cab04a052473fc25",
+        561_544_628,
+    ),
+    (
+        "yptf-moe-multi-ps",
+        "mc13_256_g4_all_v7_mt3f_sqr_rms_moe_wf4_n8k2_silu_rope_rp_b80_ps2",
+        "model.ckpt",
+        "7427055b51c3c8c86f6a35493cf0741d8db29186052055b59193590a82e6ec01",
+        758_957_292,
+    ),
+)
+
 _ROWS = (
     # Magenta's weights as converted by kunato/mt3-pytorch; the repository of MR-MT3 holds the same file. Other
     # projects pin this commit together with this hash; it was not compared with the hub itself.
@@ -66,6 +126,7 @@ _ROWS = (
         mel_norm=False,
         position_base=255,
     ),
+    *_yourmt3_rows(),
 )
 
 PUBLISHED: Mapping[str, PublishedCheckpoint] = MappingProxyType({row.name: row for row in _ROWS})

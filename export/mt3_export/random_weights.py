@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from mt3_runtime.specs import ModelSpec
 
-_NORM_SPREAD = 0.05
+NORM_SPREAD = 0.05
 
 
 def random_tensors(model: ModelSpec, seed: int) -> dict[str, Tensor]:
@@ -32,14 +32,14 @@ def random_tensors(model: ModelSpec, seed: int) -> dict[str, Tensor]:
     stream = np.random.PCG64(seed)
     tensors = {}
     for key, shape in expected_shapes(model).items():
-        noise = _unit_noise(stream, math.prod(shape))
+        noise = unit_noise(stream, math.prod(shape))
         centre = 1.0 if len(shape) == 1 else 0.0
         values = (centre + _spread(key, model) * noise).astype(np.float32)
         tensors[key] = torch.from_numpy(values.reshape(shape))
     return tensors
 
 
-def _unit_noise(stream: np.random.PCG64, count: int) -> NDArray[np.float64]:
+def unit_noise(stream: np.random.PCG64, count: int) -> NDArray[np.float64]:
     """Nearly normal noise of mean 0 and variance 1.
 
     The four 16-bit parts of each raw word are added: integers only, so that no library's logarithm and no version
@@ -52,19 +52,25 @@ def _unit_noise(stream: np.random.PCG64, count: int) -> NDArray[np.float64]:
 
 
 def _spread(key: str, model: ModelSpec) -> float:
-    """Standard deviation of one tensor (T5 v1.1: attention is unscaled, so the query carries the 1/sqrt(d_kv))."""
-    width, inner = model.d_model, model.num_heads * model.d_kv
-    name = key.removesuffix(".weight").rpartition(".")[2]
+    """Standard deviation of one tensor."""
+    if key.endswith("layer_norm.weight"):
+        return NORM_SPREAD
+    if key == "proj.weight":
+        return math.pow(MEL_BINS, -0.5)
+    return t5_spread(key, model.d_model, model.num_heads, model.d_kv, model.d_ff)
+
+
+def t5_spread(key: str, width: int, heads: int, d_kv: int, d_ff: int) -> float:
+    """The same of a matrix of T5 (v1.1: attention is unscaled, so the query carries the 1/sqrt(d_kv))."""
     fan_in = {
-        "proj": MEL_BINS,
         "decoder_embed_tokens": 1,
-        "q": width * model.d_kv,
+        "q": width * d_kv,
         "k": width,
         "v": width,
-        "o": inner,
+        "o": heads * d_kv,
         "wi_0": width,
         "wi_1": width,
-        "wo": model.d_ff,
+        "wo": d_ff,
         "lm_head": width,
     }
-    return _NORM_SPREAD if name.endswith("layer_norm") else float(fan_in[name]) ** -0.5
+    return math.pow(fan_in[key.removesuffix(".weight").rpartition(".")[2]], -0.5)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mt3_export.published import PUBLISHED
 from mt3_export.state import MT3_SIZES
 from mt3_runtime.errors import CheckpointError, OptionError
-from mt3_runtime.specs import FRONTENDS
+from mt3_runtime.specs import MT3_FRONTENDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -78,7 +78,7 @@ def resolve(
         raise CheckpointError(
             f"has {known['num_heads']} heads, not {given['num_heads']}: leave {_option('num_heads')} out"
         )
-    warnings += _overrides(given, known) if row or metadata else ()
+    warnings += overrides(given, known) if row or metadata else ()
     return Settings({name: given.get(name, known.get(name, 0)) for name in NAMES}, tuple(warnings))
 
 
@@ -86,7 +86,7 @@ def _assumed(given: Mapping[str, Setting], warnings: list[str]) -> dict[str, Set
     known = from_row(PUBLISHED["mt3"])
     assumed = [name for name in NAMES[1:4] if name not in given]
     if assumed:
-        listed = ", ".join(f"{name} {_show(known[name])}" for name in assumed)
+        listed = ", ".join(f"{name} {show(known[name])}" for name in assumed)
         warnings.append(
             f"not a published file: {listed} assumed as for mt3 (weights trained by the PyTorch ports need mel_norm on "
             "and position_base 256): check how it was trained"
@@ -94,9 +94,10 @@ def _assumed(given: Mapping[str, Setting], warnings: list[str]) -> dict[str, Set
     return known
 
 
-def _overrides(given: Mapping[str, Setting], known: Mapping[str, Setting]) -> list[str]:
+def overrides(given: Mapping[str, Setting], known: Mapping[str, Setting]) -> list[str]:
+    """A warning for every setting that was given against what is known."""
     return [
-        f"{name} is {_show(value)} as asked, where the checkpoint says {_show(known[name])}"
+        f"{name} is {show(value)} as asked, where the checkpoint says {show(known[name])}"
         for name, value in given.items()
         if name in known and value != known[name]
     ]
@@ -112,17 +113,32 @@ def _parse(metadata: Mapping[str, str]) -> dict[str, Setting]:
         value: Setting = text
         if name == "mel_norm":
             value = {"true": True, "false": False}.get(text, text)
-        elif name != "frontend" and re.fullmatch(r"[1-9][0-9]{0,5}", text):
-            value = int(text)
+        elif name != "frontend":
+            value = parse_whole(name, text)
         if not _is_usable(name, value):
-            raise CheckpointError(f"has {name} {text[:100]!r} in its metadata: write {_allowed(name)}")
+            raise _unusable(name, text)
         known[name] = value
     return known
 
 
+def parse_whole(name: str, text: str) -> int:
+    """A positive whole number of a file's metadata.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    if not re.fullmatch(r"[1-9][0-9]{0,5}", text):
+        raise _unusable(name, text)
+    return int(text)
+
+
+def _unusable(name: str, text: str) -> CheckpointError:
+    return CheckpointError(f"has {name} {text[:100]!r} in its metadata: write {_allowed(name)}")
+
+
 def _is_usable(name: str, value: Setting) -> bool:
     if name == "frontend":
-        return value in FRONTENDS
+        return value in MT3_FRONTENDS
     if name == "mel_norm":
         return isinstance(value, bool)
     return type(value) is int and 0 < value < 1_000_000
@@ -130,7 +146,7 @@ def _is_usable(name: str, value: Setting) -> bool:
 
 def _allowed(name: str) -> str:
     if name == "frontend":
-        return f"one of {', '.join(FRONTENDS)}"
+        return f"one of {', '.join(MT3_FRONTENDS)}"
     return "true or false" if name == "mel_norm" else "a positive whole number"
 
 
@@ -138,5 +154,6 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _show(value: Setting) -> str:
+def show(value: object) -> str:
+    """A setting, as a person would write it."""
     return ("on" if value else "off") if isinstance(value, bool) else str(value)

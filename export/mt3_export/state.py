@@ -54,15 +54,16 @@ def expected_shapes(model: ModelSpec) -> dict[str, tuple[int, ...]]:
     attentions = ("SelfAttention", "EncDecAttention")
     for side, layers, used in (("encoder", model.encoder_layers, 1), ("decoder", model.decoder_layers, 2)):
         for index in range(layers):
-            shapes |= _block_shapes(f"{side}.block.{index}", attentions[:used], width, inner, model.d_ff)
+            shapes |= block_shapes(f"{side}.block.{index}", attentions[:used], width, inner, model.d_ff)
         shapes[f"{side}.final_layer_norm.weight"] = (width,)
     shapes["lm_head.weight"] = (model.vocab_size, width)
     return shapes
 
 
-def _block_shapes(
+def block_shapes(
     block: str, attentions: tuple[str, ...], width: int, inner: int, d_ff: int
 ) -> dict[str, tuple[int, ...]]:
+    """Tensors of one T5 block: its attentions in turn, then the gated feed-forward."""
     shapes: dict[str, tuple[int, ...]] = {}
     for index, attention in enumerate(attentions):
         layer = f"{block}.layer.{index}"
@@ -118,14 +119,22 @@ def check_shapes(model: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: names the first few that differ.
     """
-    expected = expected_shapes(model)
+    compare_shapes(expected_shapes(model), tensors, "MT3")
+
+
+def compare_shapes(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], network: str) -> None:
+    """The same for any network, by the name that the message gives it.
+
+    Raises:
+        CheckpointError: names the first few that differ.
+    """
     missing = [key for key in expected if key not in tensors]
     unknown = [key for key in tensors if key not in expected]
     found = {key: tuple(tensors[key].shape) for key in expected if key in tensors}
     wrong = [f"{key} {shape} for {expected[key]}" for key, shape in found.items() if shape != expected[key]]
     kinds = (("missing", missing), ("unknown", unknown), ("of another shape", wrong))
     if problems := [f"{len(names)} {kind}: {some(names)}" for kind, names in kinds if names]:
-        raise CheckpointError(f"tensors {'; '.join(problems)}: save the whole state dict of one MT3 network")
+        raise CheckpointError(f"tensors {'; '.join(problems)}: save the whole state dict of one {network} network")
 
 
 def drop_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
