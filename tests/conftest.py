@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
+
 import pytest
 
+from bundle_cases import seal
 from mt3_export.bundle_writer import export_bundle
 from mt3_export.checkpoint import Checkpoint
 from mt3_export.random_weights import random_tensors
 from mt3_runtime.bundle import open_bundle
-from mt3_runtime.specs import FeatureSpec, ModelSpec
+from mt3_runtime.graphs import graph_specs
+from mt3_runtime.specs import FeatureSpec, ModelSpec, VocabularySpec
 
 TINY_MODEL = ModelSpec(
     family="mt3",
@@ -43,3 +49,28 @@ def tiny_folder(tiny_checkpoint, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_folder):
     return open_bundle(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def musical_folder(tiny_folder, tmp_path_factory):
+    """The tiny bundle with a vocabulary in which random tokens make notes: few shifts, drums where arg-max often is."""
+    folder = tmp_path_factory.mktemp("bundles") / "musical"
+    shutil.copytree(tiny_folder, folder)
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    manifest["vocabulary"] |= {"max_shift_steps": 10, "velocity_bins": 718}
+    (folder / "manifest.json").write_bytes(seal(manifest))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def channels_bundle(tiny_bundle):
+    """What a scripted backend needs of a YourMT3 model with three channels: the manifest, and no graph of its own."""
+    manifest = tiny_bundle.manifest
+    model = replace(manifest.model, family="yourmt3", name="tiny-channels", channels=3, vocab_size=596)
+    features = FeatureSpec("yourmt3_spectrum", mel_norm=False, hop_length=300, bins=1024, segment_samples=32_767)
+    contracts = tuple(graph_specs(model, features).values())
+    vocabulary = VocabularySpec(max_shift_steps=205)
+    return replace(
+        tiny_bundle,
+        manifest=replace(manifest, model=model, features=features, vocabulary=vocabulary, contracts=contracts),
+    )

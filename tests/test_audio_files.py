@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from audio_cases import FORMATS, LOSSLESS, REFUSED, encode, flac_with_length, melody, wav
+from bundle_cases import no_open_files_left
 from mt3_runtime import audio, containers
-from mt3_runtime.audio import load_audio
+from mt3_runtime.audio import load_audio, open_audio
 from mt3_runtime.errors import AudioError
 
 HERE = Path(__file__).parent
@@ -244,6 +245,51 @@ def test_ogg_must_end_with_its_last_page(tmp_path: Path):
 )  # fmt: skip
 def test_mp3_frame_lengths(head: str, length: int):
     assert containers.mp3_frame_length(bytes.fromhex(head)) == length
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("values", [777, 1 << 18])
+def test_a_file_read_in_blocks_has_the_samples_of_the_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, values: int
+):
+    monkeypatch.setattr("mt3_runtime.audio._BLOCK_VALUES", values)
+    container, codec, _ = FORMATS[name]
+    for rate in (16_000, 48_000):
+        path = save(tmp_path, encode(np.stack([melody(9000), melody(9000, seed=1)], axis=1), rate, container, codec))
+        with open_audio(path) as stream:
+            blocks = list(stream.blocks)
+        np.testing.assert_array_equal(np.concatenate(blocks), load_audio(path))
+        assert {block.dtype for block in blocks} == {np.dtype(np.float32)}
+        assert max(map(len, blocks)) <= values + 1
+        assert abs(stream.expected - sum(map(len, blocks))) <= 1
+
+
+def test_what_the_header_tells_is_told_at_once_and_the_rest_where_it_stands(tmp_path: Path):
+    with pytest.raises(AudioError, match="does not exist"), open_audio(tmp_path / "none.wav"):
+        pytest.fail("was opened")
+    samples = melody(5 * (1 << 18))
+    samples[3 * (1 << 18)] = np.nan
+    path = save(tmp_path, encode(samples, 16_000, "WAV", "FLOAT"))
+    blocks = []
+    with pytest.raises(AudioError, match="NaN or infinite"), open_audio(path) as stream:
+        blocks.extend(stream.blocks)
+    assert [len(block) for block in blocks] == [1 << 18] * 3
+    flac = encode(melody(5 * (1 << 18)), 16_000, "FLAC", "PCM_16")
+    path, blocks = save(tmp_path, flac[: len(flac) // 2]), []
+    message = refusal(path)
+    with pytest.raises(AudioError) as caught, open_audio(path) as stream:
+        blocks.extend(stream.blocks)
+    assert str(caught.value) == message
+    assert len(blocks) >= 2
+
+
+def test_a_file_left_in_the_middle_is_closed(tmp_path: Path):
+    path = save(tmp_path, encode(melody(600_000), 16_000, "FLAC", "PCM_16"))
+    with no_open_files_left():
+        with open_audio(path) as stream:
+            next(stream.blocks)
+        with pytest.raises(RuntimeError, match="enough"), open_audio(path) as stream:
+            raise RuntimeError("enough")
 
 
 def test_files_are_closed(tmp_path: Path):

@@ -18,6 +18,8 @@ from mt3_export import cli as export_cli
 from mt3_runtime import cli
 from mt3_runtime.bundle import demo_bundle_path, demo_clip_path
 from mt3_runtime.demo import read_midi
+from mt3_runtime.errors import OutputError
+from mt3_runtime.files import atomic_write
 
 RATE = 16_000
 
@@ -224,6 +226,83 @@ def test_bench_prints_one_json_object(capsys, tiny_folder):
     assert result["peak_rss_mb"] > 10
     assert result["versions"]["onnxruntime"]
     assert run(capsys, "bench", "--bundle", tiny_folder, "--steps", 97)[0] == 2  # the tiny model has 96 positions
+
+
+def test_bench_of_rows_that_end_early(capsys, tiny_folder, tmp_path):
+    options = ("bench", "--bundle", tiny_folder, "--segments", 5, "--repeat", 1)
+    code, out, lines = run(capsys, *options, "--lengths", "20,20,2", "--json")
+    found = json.loads(out)["lengths"]
+    assert (code, lines) == (0, [])
+    assert found["lengths"] == [20, 20, 2, 20, 20]
+    rows = {name: (found[name]["rows"], found[name]["row_steps"]) for name in ("given", "long_alone", "all_long")}
+    assert rows == {"given": (5, 82), "long_alone": (4, 80), "all_long": (5, 100)}
+    assert all(found[name][key] > 0 for name in rows for key in ("admit_s", "decode_s"))
+    assert found["ratio"] == found["given"]["decode_s"] / found["long_alone"]["decode_s"]
+    (tmp_path / "lengths.txt").write_text("20, 20\n2\n")
+    code, out, _ = run(capsys, *options, "--lengths", tmp_path / "lengths.txt")
+    assert code == 0
+    assert "that of the long rows alone" in out.splitlines()[-2]
+
+
+@pytest.mark.parametrize("lengths", ["", "3,x", "0,1", "-2", "2.5", "9" * 30, "nowhere.txt", "1,,\0", "."])
+def test_lengths_that_are_none_are_one_line(capsys, tmp_path, monkeypatch, tiny_folder, lengths):
+    monkeypatch.chdir(tmp_path)
+    code, _, lines = run(capsys, "bench", "--bundle", tiny_folder, "--lengths", lengths)
+    assert code == 2
+    assert len(lines) == 1
+    assert "32,32,2" in lines[0]
+    (tmp_path / "words").write_bytes(b"\xff\xfe three")
+    assert run(capsys, "bench", "--bundle", tiny_folder, "--lengths", "words")[0] == 2
+    assert run(capsys, "bench", "--bundle", tiny_folder, "--lengths", "97")[0] == 2  # the tiny model has 96 positions
+
+
+@pytest.mark.parametrize("options", [("--strict-upstream", "on"), ("--programs", "fine")])
+def test_options_of_yourmt3_are_refused_for_another_model(capsys, tone, tmp_path, options):
+    code, _, lines = run(capsys, "transcribe", tone, "-o", tmp_path / "x.mid", *options)
+    assert code == 2
+    assert len(lines) == 1
+    assert lines[0].endswith(": leave it out")
+    assert not (tmp_path / "x.mid").exists()
+
+
+def test_options_of_yourmt3_that_are_off_are_for_everyone(capsys, tone, tmp_path):
+    options = ("--strict-upstream", "off", "--programs", "merged")
+    assert run(capsys, "transcribe", tone, "-o", tmp_path / "x.mid", "--quiet", *options) == (0, "", [])
+
+
+def test_files_are_written_as_they_are_finished(capsys, tone, tmp_path, monkeypatch):
+    """A result that cannot be written costs its own file only, also when others are under way."""
+    for name in ("a", "b", "c"):
+        shutil.copy(tone, tmp_path / f"{name}.wav")
+    written = []
+
+    def full(path, content, original=atomic_write):
+        if path.name == "b.mid":
+            raise OutputError(f"cannot write {path} (no room): free some")
+        written.append(path.name)
+        original(path, content)
+
+    monkeypatch.setattr("mt3_runtime.midi.atomic_write", full)
+    sources = [tmp_path / f"{name}.wav" for name in ("a", "b", "c")]
+    code, _, lines = run(capsys, "transcribe", *sources, "--output-dir", tmp_path / "out")
+    assert code == 2
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.mid", "c.mid"] == sorted(written)
+    assert sum(line.startswith("mt3-run: error: ") for line in lines) == 1
+    assert sum(" -> " in line for line in lines) == 2
+    assert lines[-1] == "mt3-run: 1 of 3 files failed, 2 were written"
+
+
+def test_a_progress_bar_is_gone_before_words(capsys, tone, tmp_path, monkeypatch):
+    monkeypatch.setattr("mt3_runtime.transcribe_command.LONG_SECONDS", 0.0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    other = tmp_path / "other.wav"
+    shutil.copy(tone, other)
+    code = cli.main(["transcribe", str(tone), str(other), "--output-dir", str(tmp_path / "out")])
+    shown = capsys.readouterr().err
+    assert code == 0
+    assert "2 files" in shown
+    for line in shown.split("\n"):
+        assert "segment/s" not in line.rpartition("\r")[2]  # what stays on the screen
 
 
 def test_doctor_reports_on_the_demo_bundle(capsys):

@@ -7,47 +7,10 @@ import math
 import numpy as np
 import pytest
 
+from decoding_cases import END, RULES, START, admissions_of, check, decode, positions_of, row, script
 from mt3_runtime.backends.scripted import Admitted, Moved, ScriptedBackend, Stepped
-from mt3_runtime.decoding import DecodedRow, DecodingRules, Row, decode_rows
+from mt3_runtime.decoding import DecodingRules, Row, decode_rows
 from mt3_runtime.errors import OptionError
-
-START, END = 0, 1
-RULES = DecodingRules(START, END, max_tokens=64)
-
-
-def script(key, length):
-    """Tokens that no other row has, then the end."""
-    return [100 * key + 2 + index for index in range(length)] + [END]
-
-
-def row(key):
-    return Row(key, np.full((2, 3), key, np.float32))
-
-
-def decode(backend, keys=None, rules=RULES):
-    keys = list(backend._scripts) if keys is None else keys
-    decoded = list(decode_rows(backend, map(row, keys), rules))
-    assert sorted(row.key for row in decoded) == sorted(keys)
-    return {row.key: row for row in decoded}
-
-
-def check(decoded, tokens, status):
-    assert isinstance(decoded, DecodedRow)
-    assert decoded.status == status
-    assert decoded.tokens.tolist() == list(tokens)
-    assert decoded.tokens.dtype == np.int32
-    assert decoded.log_probs.dtype == np.float32
-    assert decoded.log_probs.tolist() == [-token / 1024 for token in tokens]
-
-
-def positions_of(backend, key):
-    """Where a row was stepped, over all its passes."""
-    steps = [call for call in backend.calls if isinstance(call, Stepped)]
-    return [position for step in steps for own, position in zip(step.keys, step.positions, strict=True) if own == key]
-
-
-def admissions_of(backend, key):
-    return sum(call.keys.count(key) for call in backend.calls if isinstance(call, Admitted))
 
 
 @pytest.mark.parametrize("slots", [1, 2, 8])
@@ -211,6 +174,51 @@ def test_the_cache_bounds_the_limit():
 def test_a_limit_of_nothing_is_refused(limit):
     with pytest.raises(OptionError, match="ask for 1 or more"):
         DecodingRules(START, END, limit)
+
+
+def test_a_row_may_have_a_limit_of_its_own():
+    scripts = {key: script(key, 20) for key in range(4)}
+    backend = ScriptedBackend(scripts, slots=2)
+    rows = [Row(key, row(key).states, limit) for key, limit in enumerate([3, None, 1, 1000])]
+    decoded = {each.key: each for each in decode_rows(backend, rows, DecodingRules(START, END, 12))}
+    for key, length in enumerate([3, 12, 1, 12]):
+        check(decoded[key], scripts[key][:length], "truncated")
+        assert positions_of(backend, key) == list(range(length))
+
+
+# ---- an end in the first place --------------------------------------------------------------------------
+
+UPSTREAM = DecodingRules(START, END, max_tokens=64, first_may_end=False)
+FIRST_ENDS = {
+    "a row goes on after it": ([END, 7, 8, END], [END, 7, 8], "ended"),
+    "the next one ends the row": ([END, END], [END], "ended"),
+    "only the first place is exempt": ([7, END], [7], "ended"),
+    "without another the row is truncated": ([END] + [9] * 63, [END] + [9] * 63, "truncated"),
+    "a failure is a failure all the same": ([END, 7, math.nan], [END, 7], "failed"),
+    "also in the first place": ([math.nan], [], "failed"),
+}
+
+
+@pytest.mark.parametrize("name", FIRST_ENDS)
+@pytest.mark.parametrize("slots", [1, 3])
+def test_an_end_in_the_first_place_may_be_a_token_like_any_other(name, slots):
+    tokens, expected, status = FIRST_ENDS[name]
+    scripts = {key: script(key, length) for key, length in enumerate([4, 0, 9])} | {5: tokens}
+    scripts[1] = [END, 5, END]
+    decoded = decode(ScriptedBackend(scripts, slots=slots), [0, 5, 1, 2], UPSTREAM)
+    check(decoded[5], expected, status)
+    check(decoded[0], scripts[0][:-1], "ended")
+    check(decoded[1], [END, 5], "ended")
+    check(decoded[2], scripts[2][:-1], "ended")
+
+
+def test_an_end_in_the_first_place_ends_a_row_elsewhere():
+    check(decode(ScriptedBackend({5: [END, 7, 8, END]}))[5], [], "ended")
+
+
+def test_the_first_place_counts_for_every_attempt():
+    backend = ScriptedBackend({5: [END, math.nan]}, retries={5: [END, 4, END]})
+    check(decode(backend, rules=UPSTREAM)[5], [END, 4], "ended")
 
 
 # ---- rows come and go ---------------------------------------------------------------------------------

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from mt3_runtime import loading
+from mt3_runtime.devices import default_slots
 from mt3_runtime.errors import BundleError, DeviceError, OptionError
+from mt3_runtime.graphs import graph_specs
 from mt3_runtime.loading import load
 from mt3_runtime.version import __version__
 
@@ -34,6 +37,15 @@ def test_slots_and_threads_reach_the_backend(tiny_folder):
     assert load(tiny_folder).backend.slots == 8
     backend = load(str(tiny_folder), slots=3, threads=2).backend
     assert (backend.slots, backend.threads) == (3, 2)
+
+
+def test_slots_by_default_hold_two_segments_of_a_model_with_channels(tiny_bundle, channels_bundle):
+    manifest = channels_bundle.manifest
+    model = replace(manifest.model, channels=13)
+    many = replace(manifest, model=model, contracts=tuple(graph_specs(model, manifest.features).values()))
+    assert default_slots(tiny_bundle.manifest, "cpu") == 8
+    assert default_slots(manifest, "cpu") == 6
+    assert default_slots(many, "cpu") == 26
 
 
 def test_provenance_says_what_ran(tiny_folder):

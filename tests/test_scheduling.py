@@ -40,8 +40,11 @@ class Schedule:
         return ScriptedBackend(self.scripts, retries=self.retries, slots=self.slots, length=LIMIT)
 
     def run(self, backend):
-        rows = (Row(key, np.full((1, 1), key, np.float32)) for key in self.order)
-        return {row.key: (row.status, row.tokens.tolist()) for row in decode_rows(backend, rows, RULES)}
+        """Decode the rows under keys of file, segment and channel."""
+        names = {key: (key // 20, key // 4 % 5, key % 4) for key in self.order}
+        numbers = {name: key for key, name in names.items()}
+        rows = (Row(names[key], np.full((1, 1), key, np.float32)) for key in self.order)
+        return {numbers[row.key]: (row.status, row.tokens.tolist()) for row in decode_rows(backend, rows, RULES)}
 
     def live_rows(self):
         """Which rows every step has to cover: a queue in front of a few counters, retries going first."""
@@ -252,13 +255,14 @@ class Network:
     def rows(self, keys):
         return [Row(key, self.states[key]) for key in keys]
 
-    def check(self, row):
+    def check(self, row, key=None):
         """Compare one decoded row with the slow decoder's."""
-        tokens = self.tokens[row.key].tolist()
+        key = row.key if key is None else key
+        tokens = self.tokens[key].tolist()
         length = tokens.index(self.end) if self.end in tokens else LIMIT
         assert row.tokens.tolist() == tokens[:length], row.key
         assert row.status == ("ended" if length < LIMIT else "truncated")
-        np.testing.assert_allclose(row.log_probs, self.log_probs[row.key, :length], atol=1e-4)
+        np.testing.assert_allclose(row.log_probs, self.log_probs[key, :length], atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +292,40 @@ def test_random_schedules_on_the_network(network, backends, slots):
         assert sorted(row.key for row in decoded) == sorted(order)
         for row in decoded:
             network.check(row)
+
+
+FILES, SEGMENTS, CHANNELS = 3, 2, 4
+
+
+@pytest.mark.parametrize("slots", [1, 3, 5, 9])
+def test_files_segments_and_channels_share_the_slots(network, backends, slots):
+    """What a row decodes is the same whichever files and channels are beside it, and however rows are queued."""
+    keys = [
+        (file, segment, channel) for file in range(FILES) for segment in range(SEGMENTS) for channel in range(CHANNELS)
+    ]
+    index = {key: (5 * number) % len(network.states) for number, key in enumerate(keys)}
+    rng, alone = np.random.default_rng(slots), {}
+    for row in decode_rows(backends[1], network.rows(range(len(network.states))), network.rules):
+        alone[row.key] = row
+    for order in (keys, keys[::-1], [keys[number] for number in rng.permutation(len(keys))]):
+        decoded = list(decode_rows(backends[slots], [Row(k, network.states[index[k]]) for k in order], network.rules))
+        assert sorted(row.key for row in decoded) == keys
+        for row in decoded:
+            network.check(row, index[row.key])
+            np.testing.assert_allclose(row.log_probs, alone[index[row.key]].log_probs, atol=1e-5)
+
+
+def test_an_end_in_the_first_place_on_the_network(network, backends):
+    """Each row may start with what serves as the end, and decodes on as the slow decoder does."""
+    first = network.tokens[:, 0].tolist()
+    rules = DecodingRules(0, first[0], LIMIT, first_may_end=False)
+    for row in decode_rows(backends[4], network.rows(range(12)), rules):
+        tokens = network.tokens[row.key].tolist()
+        length = tokens.index(first[0], 1) if first[0] in tokens[1:] else LIMIT
+        assert row.tokens.tolist() == tokens[:length]
+    assert any(
+        len(row.tokens) == 0 for row in decode_rows(backends[4], network.rows([0]), DecodingRules(0, first[0], LIMIT))
+    )
 
 
 def test_rows_of_one_length_on_the_network(network, backends):

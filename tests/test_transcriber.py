@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,17 +13,16 @@ import numpy as np
 import pytest
 import soundfile
 
-from bundle_cases import seal
-from mt3_runtime import transcriber
-from mt3_runtime.backends.scripted import ScriptedBackend
+from mt3_runtime.devices import ENCODE_GROUP
 from mt3_runtime.errors import AudioError, OptionError
 from mt3_runtime.loading import load
 from mt3_runtime.midi import midi_warnings
 from mt3_runtime.notes import sort_notes
-from mt3_runtime.transcriber import Transcriber, ranges
+from mt3_runtime.piece import Piece
+from mt3_runtime.transcriber import Transcriber
+from mt3_runtime.unfinished import ranges
+from scripted_audio import LIMIT, RATE, SEGMENT, chords, scripted, silence
 
-RATE, SEGMENT = 16_000, 32_768
-LIMIT = 96  # max_length of the tiny model
 NAN = math.nan
 END, TIE = 1, 1134
 
@@ -50,39 +47,9 @@ def drum(number):
     return 1263 + number
 
 
-def silence(segments):
-    return np.zeros(segments * SEGMENT - 500, np.float32)
-
-
-def scripted(bundle, *scripts, slots=3, **options):
-    backend = ScriptedBackend(dict(enumerate(scripts)), slots=slots, length=LIMIT, **options)
-    return Transcriber(bundle, backend, name="scripts")
-
-
-def chords(seconds, seed, rate=RATE):
-    """Decaying tones over some noise."""
-    rng, time_ = np.random.default_rng(seed), np.arange(int(seconds * rate)) / rate
-    audio = rng.normal(0, 0.01, len(time_))
-    for onset, key in zip(rng.uniform(0, seconds, 12), rng.integers(40, 90, 12), strict=True):
-        since = np.maximum(time_ - onset, 0)
-        audio += 0.2 * np.exp(-2 * since) * np.sin(2 * np.pi * 440 * 2 ** ((key - 69) / 12) * since)
-    return audio.astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def musical(tiny_folder, tmp_path_factory):
-    """The tiny bundle with a vocabulary in which random tokens make notes: few shifts, drums where arg-max often is."""
-    folder = tmp_path_factory.mktemp("bundles") / "musical"
-    shutil.copytree(tiny_folder, folder)
-    manifest = json.loads((folder / "manifest.json").read_bytes())
-    manifest["vocabulary"] |= {"max_shift_steps": 10, "velocity_bins": 718}
-    (folder / "manifest.json").write_bytes(seal(manifest))
-    return folder
-
-
 @pytest.fixture
-def tiny(musical):
-    return load(musical, threads=1)
+def tiny(musical_folder):
+    return load(musical_folder, threads=1)
 
 
 def notes_of(each, clip):
@@ -189,7 +156,7 @@ def test_the_first_segment_is_out_before_the_last_is_encoded(tiny_bundle):
     stream = busy.iter_segments(silence(20), RATE)
     assert busy.backend._encoded == 0
     assert next(stream).index == 0
-    assert busy.backend._encoded == transcriber.ENCODE_GROUP
+    assert busy.backend._encoded == ENCODE_GROUP
     assert len(list(stream)) == 19
     assert busy.backend._encoded == 20
 
@@ -271,16 +238,16 @@ def test_a_file_an_array_and_the_segments_give_the_same_notes(tiny, tmp_path, ra
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
-def test_the_number_of_slots_does_not_change_the_notes(tiny, musical, slots):
-    notes, wanted = (notes_of(each, chords(11, 2)) for each in (load(musical, slots=slots), tiny))
+def test_the_number_of_slots_does_not_change_the_notes(tiny, musical_folder, slots):
+    notes, wanted = (notes_of(each, chords(11, 2)) for each in (load(musical_folder, slots=slots), tiny))
     for note, other in zip(notes, wanted, strict=True):
         assert replace(note, confidence=None) == replace(other, confidence=None)
         assert note.confidence == pytest.approx(other.confidence, abs=1e-4)
 
 
-def test_a_transcription_leaves_nothing_behind_for_the_next(tiny, musical):
+def test_a_transcription_leaves_nothing_behind_for_the_next(tiny, musical_folder):
     first, second = chords(5, 3), chords(6, 4)
-    fresh = notes_of(load(musical, threads=1), second)
+    fresh = notes_of(load(musical_folder, threads=1), second)
     assert notes_of(tiny, first) != fresh
     assert notes_of(tiny, second) == fresh
 
@@ -303,6 +270,13 @@ def test_a_rate_belongs_to_samples_and_not_to_a_file(tiny_bundle, tmp_path):
         with pytest.raises(AudioError, match=r"missing\.wav' does not exist"):
             call(tmp_path / "missing.wav")
     assert len(busy.transcribe(tmp_path / "a.wav").notes) == 1
+
+
+def test_a_row_keeps_no_states_but_its_own(tiny_bundle):
+    busy = scripted(tiny_bundle, *[HELD] * 9)
+    rows = list(Piece(busy, silence(9), RATE).rows())
+    assert [row.key for row in rows] == [(0, segment, 0) for segment in range(9)]
+    assert all(row.states.base is None for row in rows)
 
 
 # ---- one at a time --------------------------------------------------------------------------------------
@@ -390,8 +364,8 @@ def test_without_turns_two_transcriptions_would_spoil_each_other(tiny_bundle, mo
         by_turns([busy, busy], [silence(3), silence(3)])
 
 
-def test_two_transcribers_work_side_by_side(musical):
-    pair = [load(musical, threads=1), load(musical, slots=2, threads=1)]
+def test_two_transcribers_work_side_by_side(musical_folder):
+    pair = [load(musical_folder, threads=1), load(musical_folder, slots=2, threads=1)]
     clips = [chords(9, 5), chords(8.5, 6)]
     wanted = [notes_of(each, clip) for each, clip in zip(pair, clips, strict=True)]
     assert by_turns(pair, clips) == wanted

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from mt3_runtime.errors import OptionError, OutputError
+from mt3_runtime.midi_styles import MidiStyle
 from mt3_runtime.notes import Note
 from mt3_runtime.transcription import Provenance, Transcription
 
@@ -76,7 +77,7 @@ def test_json_holds_everything(transcription):
             "provider": "CPUExecutionProvider", "precision": "fp32", "runtime_version": "0.1.0",
             "audio_seconds": 2.5, "stage_seconds": {"read": 0.125, "decode": 0.5}, "real_time_factor": 0.25,
             "segments": 2, "tokens": 90, "invalid_events": 1, "dropped_events": 2,
-            "truncated_segments": [1], "failed_segments": [],
+            "truncated_segments": [1], "failed_segments": [], "strict_upstream": False,
         },
     }  # fmt: skip
     assert transcription.warnings == tuple(document["warnings"])
@@ -143,6 +144,16 @@ def test_a_result_cannot_change_and_can_travel(transcription):
 def test_midi_has_the_notes(transcription):
     found = {(i.name, i.program, i.is_drum): [n.pitch for n in i.notes] for i in transcription.to_midi().instruments}
     assert found == {("Electric Bass (finger)", 33, False): [60], ("Drums", 0, True): [38]}
+
+
+def test_midi_is_written_in_its_style_and_everything_else_is_as_it_is(transcription, tmp_path):
+    merged = replace(transcription, midi_style=MidiStyle(480, merged={33: 48}, names={48: "Strings"}))
+    assert {(i.name, i.program) for i in merged.to_midi().instruments} == {("Strings", 48), ("Drums", 0)}
+    merged.save(tmp_path / "song.mid")
+    midi = pretty_midi.PrettyMIDI(str(tmp_path / "song.mid"))
+    assert (midi.resolution, sorted(i.program for i in midi.instruments)) == (480, [0, 48])
+    assert merged.to_json() == transcription.to_json()
+    assert deepcopy(merged) == merged != transcription
 
 
 @pytest.mark.parametrize("suffix", [".mid", ".midi", ".MID"])

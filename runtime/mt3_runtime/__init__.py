@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     )
     from mt3_runtime.loading import load
     from mt3_runtime.notes import Note
-    from mt3_runtime.transcriber import SegmentNotes, Transcriber
-    from mt3_runtime.transcription import Provenance, Transcription
+    from mt3_runtime.transcriber import Transcriber
+    from mt3_runtime.transcription import Provenance, SegmentNotes, Transcription
 
 __all__ = [
     "AudioError",
@@ -49,7 +49,7 @@ __all__ = [
 _HOMES = {
     "Note": "notes",
     "Provenance": "transcription",
-    "SegmentNotes": "transcriber",
+    "SegmentNotes": "transcription",
     "Transcriber": "transcriber",
     "Transcription": "transcription",
     "load": "loading",

@@ -70,7 +70,8 @@ def load_audio(
 
     WAV (also extensible and RF64) and AIFF with integer or float samples, FLAC, MP3, and Ogg with Vorbis or Opus.
     Channels are averaged, then resampled by soxr "HQ" (passband to 7.4 kHz, images below -138 dB at 16 kHz). The
-    file is decoded block by block: memory is the result and a few MiB, whatever the file's rate and channels.
+    file is decoded block by block: memory is the result and a few MiB, whatever the file's rate and channels
+    (`open_audio` does without the result).
 
     A file that holds less than its header states is refused, as is one that holds more than libsndfile would
     return: cut files, MP3 with a variable bit rate but no header frame, concatenated MP3 or Ogg, FLAC that does not
@@ -90,6 +91,33 @@ def load_audio(
         AudioError: the file is missing, unreadable, of another format, damaged, or out of bounds.
         OptionError: `sample_rate` is not a positive integer.
     """
+    with open_audio(path, sample_rate=sample_rate, limits=limits) as stream:
+        return _collect(stream.blocks)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AudioStream:
+    """A sound file that is being read as mono audio.
+
+    `blocks` gives the samples of `load_audio` bit for bit, some seconds at a time [samples], once. What is wrong with
+    a file, only its header can tell at once: the rest is raised where the reading comes to it, at the latest in
+    place of the end. `expected` is the number of samples that the header promises, an estimate to show progress by.
+    """
+
+    blocks: Iterator[NDArray[np.float32]]
+    expected: int
+
+
+@contextlib.contextmanager
+def open_audio(
+    path: str | os.PathLike[str], *, sample_rate: int = 16_000, limits: AudioLimits = DEFAULT_LIMITS
+) -> Iterator[AudioStream]:
+    """Open a sound file to be read block by block, within a few MiB however long it is; see `load_audio`.
+
+    Raises:
+        AudioError: on entry what the header tells, from `blocks` all the rest that `load_audio` refuses.
+        OptionError: `sample_rate` is not a positive integer.
+    """
     name = repr(os.fspath(path))
     with _open(path, name) as descriptor:
         sound = identify(descriptor, name)
@@ -97,7 +125,8 @@ def load_audio(
             with soundfile.SoundFile(descriptor, closefd=False) as source:
                 _check_source(source, sound, limits)
                 mono = _Mono(name, source.samplerate, sample_rate, limits)
-                return mono.collect(_decode(source, sound))
+                expected = round(source.frames * sample_rate / source.samplerate)
+                yield AudioStream(mono.blocks(_decode(source, sound)), expected)
         except soundfile.SoundFileError as error:
             reason = getattr(error, "error_string", str(error)).strip(". \n")
             raise AudioError(
@@ -142,7 +171,7 @@ def prepare_audio(
         raise AudioError(f"{name} has the rate {source_rate!r}: give a whole number of Hz")
     channels = array.shape[1] if array.ndim == 2 else 1
     _check_bounds(name, channels, rate, len(array), limits)
-    return _Mono(name, rate, sample_rate, limits).collect(_slices(array.reshape(len(array), channels)))
+    return _collect(_Mono(name, rate, sample_rate, limits).blocks(_slices(array.reshape(len(array), channels))))
 
 
 @contextlib.contextmanager
@@ -246,10 +275,9 @@ def _average(block: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 class _Mono:
-    """Collects blocks of any channels into one mono signal at the target rate.
+    """Turns blocks of any channels into blocks of one mono signal at the target rate.
 
-    The result grows in place, because a list of blocks to concatenate would hold it twice. Blocks of any size
-    give the same bits: soxr's stream equals its one-shot call.
+    Blocks of any size give the same bits: soxr's stream equals its one-shot call.
     """
 
     def __init__(self, name: str, source_rate: int, sample_rate: int, limits: AudioLimits) -> None:
@@ -261,29 +289,37 @@ class _Mono:
         self._stream = None
         if rate != source_rate:
             self._stream = soxr.ResampleStream(source_rate, rate, 1, dtype="float32", quality="HQ")
-        self._result = np.empty(0, np.float32)
-        self._length = 0
 
-    def collect(self, blocks: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
-        for block in blocks:  # [samples, channels]
-            mono = _average(block)
-            if not np.isfinite(mono).all():
-                raise AudioError(f"{self._name} holds NaN or infinite samples: export it again")
-            self._append(mono if self._stream is None else self._stream.resample_chunk(mono))
-        if self._stream is not None:
-            self._append(self._stream.resample_chunk(np.empty(0, np.float32), last=True))
-        if self._length < self._min_samples:
+    def blocks(self, blocks: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+        """Yield [samples], new arrays, for blocks [samples, channels]."""
+        length = 0
+        for block in self._resampled(map(_average, blocks)):
+            length += len(block)
+            yield block
+        if length < self._min_samples:
             raise AudioError(
-                f"{self._name} holds {self._length} samples at the model's rate, fewer than {self._min_samples}:"
+                f"{self._name} holds {length} samples at the model's rate, fewer than {self._min_samples}:"
                 " give longer audio"
             )
-        self._result.resize(self._length, refcheck=False)
-        return self._result
 
-    def _append(self, mono: NDArray[np.float32]) -> None:
-        end = self._length + len(mono)
-        if end > len(self._result):
+    def _resampled(self, blocks: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+        for mono in blocks:
+            if not np.isfinite(mono).all():
+                raise AudioError(f"{self._name} holds NaN or infinite samples: export it again")
+            yield mono if self._stream is None else self._stream.resample_chunk(mono)
+        if self._stream is not None:
+            yield self._stream.resample_chunk(np.empty(0, np.float32), last=True)
+
+
+def _collect(blocks: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Join blocks in an array that grows in place: a list of blocks to concatenate would hold everything twice."""
+    result, length = np.empty(0, np.float32), 0
+    for block in blocks:
+        end = length + len(block)
+        if end > len(result):
             # In steps that stay small beside the block: what is reserved is also zeroed, so it counts.
-            self._result.resize(end + _BLOCK_VALUES, refcheck=False)
-        self._result[self._length : end] = mono
-        self._length = end
+            result.resize(end + _BLOCK_VALUES, refcheck=False)
+        result[length:end] = block
+        length = end
+    result.resize(length, refcheck=False)
+    return result

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mt3_runtime.bench_lengths import bench_lengths, to_lines
 from mt3_runtime.decoding import DecodingRules, Row, decode_rows
+from mt3_runtime.devices import encode_group
 from mt3_runtime.errors import OptionError
 from mt3_runtime.loading import load
 from mt3_runtime.machine import describe_machine, package_versions, peak_rss_mb
 from mt3_runtime.stopwatch import Stopwatch
-from mt3_runtime.transcriber import ENCODE_GROUP
 from mt3_runtime.version import __version__
 
 if TYPE_CHECKING:
@@ -25,11 +26,15 @@ if TYPE_CHECKING:
 
     from mt3_runtime.arrays import FloatArray
     from mt3_runtime.backends import Backend
+    from mt3_runtime.transcriber import Transcriber
 
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """What to run: `segments` segments of `steps` tokens, at most `slots` at a time, `repeat` times."""
+    """What to run: `segments` segments of `steps` tokens, at most `slots` rows at a time, `repeat` times.
+
+    With `lengths` each row takes its own number of steps instead (see `bench_lengths`).
+    """
 
     bundle: Path | None
     device: str
@@ -37,7 +42,8 @@ class BenchOptions:
     segments: int
     steps: int
     repeat: int
-    slots: int
+    slots: int | None
+    lengths: tuple[int, ...] | None = None
 
 
 def bench(options: BenchOptions) -> dict[str, Any]:
@@ -45,7 +51,8 @@ def bench(options: BenchOptions) -> dict[str, Any]:
 
     Returns:
         `encode_s` (all segments), `decode_ms_per_step` by number of rows, `total_s` (encode plus all steps of all
-        segments, scheduled as in a transcription), `load_s`, `peak_rss_mb`, and what was run where.
+        rows, scheduled as in a transcription), or `lengths` in place of these; `load_s`, `peak_rss_mb`, and what was
+        run where.
 
     Raises:
         OptionError: more steps than the model has positions.
@@ -53,27 +60,70 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     started = perf_counter()
     transcriber = load(options.bundle, options.device, slots=options.slots, threads=options.threads)
     load_s = perf_counter() - started
-    backend, manifest = transcriber.backend, transcriber.bundle.manifest
-    if options.steps > backend.length:
-        raise OptionError(f"--steps {options.steps} is more than the model's {backend.length}: ask for fewer")
-    shape = (options.segments, manifest.features.segment_frames, manifest.features.bins)
-    features = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    rules = DecodingRules(manifest.model.start_token, None, options.steps)
-    passes = [_one_pass(backend, features, rules) for _ in range(options.repeat + 1)][1:]
-    states = backend.encode(features[:1])[:, 0]  # [1, frames, d_model]
-    rows = sorted({1, min(options.segments, options.slots)})
-    steps = {str(n): [_decode(backend, states, n, options.steps) for _ in range(options.repeat + 1)][1:] for n in rows}
+    features = transcriber.bundle.manifest.features
+    shape = (options.segments, features.segment_frames, features.bins)
+    noise = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    figures = _lengths(transcriber, noise, options) if options.lengths else _steps(transcriber, noise, options)
     return {
-        "encode_s": median(encode for encode, _ in passes),
-        "decode_ms_per_step": {name: median(times) for name, times in steps.items()},
-        "total_s": median(total for _, total in passes),
+        **figures,
         "load_s": load_s,
         "peak_rss_mb": peak_rss_mb(),
         "segments": options.segments,
         "steps": options.steps,
         "repeat": options.repeat,
-        "slots": options.slots,
-        "model": manifest.model.name,
+        **_circumstances(transcriber),
+    }
+
+
+def to_text(result: dict[str, Any]) -> str:
+    """The figures for a person."""
+    head = (
+        f"{result['model']} on {result['device']} ({result['provider']}, {result['precision']}, "
+        f"{result['threads']} threads, {result['slots']} slots, {result['cpu']})\n"
+        f"load    {result['load_s']:.2f} s"
+    )
+    tail = f"memory  {result['peak_rss_mb']:.0f} MB at the peak"
+    if "lengths" in result:
+        return "\n".join([head, *to_lines(result["lengths"]), tail])
+    rows = ", ".join(f"{count} rows {ms:.2f}" for count, ms in result["decode_ms_per_step"].items())
+    return (
+        f"{head}\n"
+        f"encode  {result['encode_s']:.3f} s for {result['segments']} segments\n"
+        f"decode  {rows} ms a step\n"
+        f"total   {result['total_s']:.3f} s for {result['segments']} segments x {result['steps']} steps\n"
+        f"{tail}"
+    )
+
+
+def _steps(transcriber: Transcriber, features: FloatArray, options: BenchOptions) -> dict[str, Any]:
+    backend, model = transcriber.backend, transcriber.bundle.manifest.model
+    if options.steps > backend.length:
+        raise OptionError(f"--steps {options.steps} is more than the model's {backend.length}: ask for fewer")
+    rules = DecodingRules(model.start_token, None, options.steps)
+    group = encode_group(transcriber.bundle.manifest)
+    passes = [_one_pass(backend, features, group, rules) for _ in range(options.repeat + 1)][1:]
+    states = backend.encode(features[:1])[0, :1]  # [1, frames, d_model]
+    rows = sorted({1, min(options.segments * model.channels, backend.slots)})
+    steps = {str(n): [_decode(backend, states, n, options.steps) for _ in range(options.repeat + 1)][1:] for n in rows}
+    return {
+        "encode_s": median(encode for encode, _ in passes),
+        "decode_ms_per_step": {name: median(times) for name, times in steps.items()},
+        "total_s": median(total for _, total in passes),
+    }
+
+
+def _lengths(transcriber: Transcriber, features: FloatArray, options: BenchOptions) -> dict[str, Any]:
+    backend, model = transcriber.backend, transcriber.bundle.manifest.model
+    states = np.concatenate([backend.encode(one[None])[0] for one in features])  # [rows, frames, d_model]
+    return {"lengths": bench_lengths(backend, states, model.start_token, options.lengths or (), options.repeat)}
+
+
+def _circumstances(transcriber: Transcriber) -> dict[str, Any]:
+    """What was run where."""
+    backend = transcriber.backend
+    return {
+        "slots": backend.slots,
+        "model": transcriber.bundle.manifest.model.name,
         "bundle_sha256": transcriber.bundle.sha256,
         "device": backend.device,
         "provider": backend.provider,
@@ -85,30 +135,16 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     }
 
 
-def to_text(result: dict[str, Any]) -> str:
-    """The figures for a person."""
-    rows = ", ".join(f"{count} rows {ms:.2f}" for count, ms in result["decode_ms_per_step"].items())
-    return (
-        f"{result['model']} on {result['device']} ({result['provider']}, {result['precision']}, "
-        f"{result['threads']} threads, {result['cpu']})\n"
-        f"load    {result['load_s']:.2f} s\n"
-        f"encode  {result['encode_s']:.3f} s for {result['segments']} segments\n"
-        f"decode  {rows} ms a step\n"
-        f"total   {result['total_s']:.3f} s for {result['segments']} segments x {result['steps']} steps\n"
-        f"memory  {result['peak_rss_mb']:.0f} MB at the peak"
-    )
-
-
-def _one_pass(backend: Backend, features: FloatArray, rules: DecodingRules) -> tuple[float, float]:
+def _one_pass(backend: Backend, features: FloatArray, group: int, rules: DecodingRules) -> tuple[float, float]:
     """Encode and decode everything: seconds of encoding, and of all."""
     clock = Stopwatch()
 
-    def rows() -> Iterator[Row]:
-        for first in range(0, len(features), ENCODE_GROUP):
+    def rows() -> Iterator[Row[int]]:
+        for first in range(0, len(features), group):
             with clock.stage("encode"):
-                states = backend.encode(features[first : first + ENCODE_GROUP])
-            for i, (channel,) in enumerate(states):
-                yield Row(first + i, channel)
+                states = backend.encode(features[first : first + group])  # [segments, channels, frames, d_model]
+            for own in states.reshape(-1, *states.shape[2:]):
+                yield Row(first, own.copy())
 
     for _ in clock.each("decode", decode_rows(backend, rows(), rules)):
         pass

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mt3_runtime.devices import DEFAULT_SLOTS, DEVICES
+from mt3_runtime.devices import DEVICES
 from mt3_runtime.errors import Mt3Error
 from mt3_runtime.version import __version__
 
@@ -65,6 +65,10 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: the usable cores)")
 
 
+def _add_slots(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--slots", type=positive, metavar="N", help="rows side by side (default: by model and device)")
+
+
 def _add_transcribe(commands: Commands) -> None:
     parser = commands.add_parser("transcribe", help="audio files to MIDI")
     parser.add_argument("inputs", nargs="+", type=Path, metavar="IN", help="sound files: WAV, FLAC, AIFF, MP3, OGG")
@@ -75,7 +79,19 @@ def _add_transcribe(commands: Commands) -> None:
     parser.add_argument(
         "--formats", default="mid", metavar="LIST", help="with --output-dir: some of mid,json,png (default: mid)"
     )
-    parser.add_argument("--slots", type=positive, default=DEFAULT_SLOTS, metavar="N", help="segments side by side")
+    parser.add_argument(
+        "--strict-upstream",
+        choices=("on", "off"),
+        default="off",
+        help="YourMT3: make the notes that the authors' code makes, also where it loses some (default: off)",
+    )
+    parser.add_argument(
+        "--programs",
+        choices=("merged", "fine"),
+        default="merged",
+        help="YourMT3: instruments of the MIDI file, merged to classes as the authors' are, or fine (default: merged)",
+    )
+    _add_slots(parser)
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     _add_model_options(parser)
     parser.set_defaults(command=_transcribe)
@@ -86,7 +102,13 @@ def _add_bench(commands: Commands) -> None:
     parser.add_argument("--segments", type=positive, default=8, metavar="N")
     parser.add_argument("--steps", type=positive, default=64, metavar="N", help="decode steps of every segment")
     parser.add_argument("--repeat", type=positive, default=5, metavar="N", help="passes; medians are reported")
-    parser.add_argument("--slots", type=positive, default=DEFAULT_SLOTS, metavar="N", help="segments side by side")
+    _add_slots(parser)
+    parser.add_argument(
+        "--lengths",
+        metavar="LIST",
+        help="steps of each row, for example 32,32,32,2,2,2 (or a file with such a list), repeated as often as needed: "
+        "times rows that end early, in place of --steps",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     _add_model_options(parser)
     parser.set_defaults(command=_bench)
@@ -118,9 +140,11 @@ def _transcribe(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace) -> int:
     from mt3_runtime.bench import BenchOptions, bench, to_text  # noqa: PLC0415
+    from mt3_runtime.bench_lengths import parse_lengths  # noqa: PLC0415
 
     names = ("bundle", "device", "threads", "segments", "steps", "repeat", "slots")
-    result = bench(BenchOptions(**{name: getattr(arguments, name) for name in names}))
+    lengths = None if arguments.lengths is None else parse_lengths(arguments.lengths)
+    result = bench(BenchOptions(**{name: getattr(arguments, name) for name in names}, lengths=lengths))
     print(json.dumps(result) if arguments.json else to_text(result))
     return 0
 

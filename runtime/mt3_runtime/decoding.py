@@ -1,54 +1,70 @@
 """Schedules rows over a fixed number of slots: each steps at its own position and leaves when it ends.
 
-A row is one autoregressive sequence: an MT3 segment. Live rows stay contiguous, so a step costs what the live
-rows cost; a waiting row takes a place the moment one is free. What a row decodes never depends on its neighbours.
+A row is one autoregressive sequence: an MT3 segment, or one channel of a YourMT3 segment. Rows of any segments,
+channels and files wait in one queue. Live rows stay contiguous, so a step costs what the live rows cost; a waiting
+row takes a place the moment one is free: cross-KV costs as much for rows one by one as for a group, so that waiting
+for company gains nothing. What a row decodes never depends on its neighbours.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby, islice
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
 
 from mt3_runtime.errors import OptionError
+from mt3_runtime.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from mt3_runtime.arrays import FloatArray, IntArray
     from mt3_runtime.backends import Backend
 
+Key = TypeVar("Key", bound=Hashable)
 Status = Literal["ended", "truncated", "failed"]
 ATTEMPTS = 2  # a row with a logit that is not finite is decoded once more
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A sequence to decode: who it is, and its encoder states [frames, d_model]."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Row(Generic[Key]):
+    """A sequence to decode: who it is, and its encoder states [frames, d_model].
 
-    key: int
+    The states are kept until the row ends: give an array of its own, not a view that keeps a whole group alive.
+    `limit` stops this row earlier than `DecodingRules.max_tokens` does.
+    """
+
+    key: Key
     states: FloatArray
+    limit: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class DecodedRow:
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodedRow(Generic[Key]):
     """What became of a row.
 
     `tokens` without start and end token, `log_probs` one for each. "truncated": the end token never came and every
     token is kept. "failed": logits were not finite twice; the tokens before that are kept.
+    `seconds`: this row's share of the time, which is the time of every call divided by the rows that it served. The
+    shares of all rows add up to the whole time, and that of rows decoded together can be told apart.
     """
 
-    key: int
+    key: Key
     tokens: IntArray
     log_probs: FloatArray
     status: Status
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class DecodingRules:
     """How a sequence starts and ends. Without `end_token` every row takes `max_tokens` steps.
+
+    Without `first_may_end` an end token in the first place is a token like any other (YourMT3 `t5mod_helper.py`).
 
     Raises:
         OptionError: `max_tokens` is not positive.
@@ -57,58 +73,107 @@ class DecodingRules:
     start_token: int
     end_token: int | None
     max_tokens: int
+    first_may_end: bool = True
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise OptionError(f"{self.max_tokens} tokens a row decode nothing: ask for 1 or more")
 
 
-@dataclass(slots=True)
-class _Live:
-    """A row in a slot. `attempt` counts from 1."""
+@dataclass(slots=True, eq=False)
+class _Live(Generic[Key]):
+    """A row in a slot. `attempt` counts from 1; `seconds` over all attempts."""
 
-    row: Row
+    row: Row[Key]
     attempt: int
+    seconds: float = 0.0
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
 
-    def decoded(self, status: Status) -> DecodedRow:
+    def decoded(self, status: Status) -> DecodedRow[Key]:
         tokens, log_probs = np.array(self.tokens, np.int32), np.array(self.log_probs, np.float32)
-        return DecodedRow(self.row.key, tokens, log_probs, status)
+        return DecodedRow(self.row.key, tokens, log_probs, status, self.seconds)
 
 
-def decode_rows(backend: Backend, rows: Iterable[Row], rules: DecodingRules) -> Iterator[DecodedRow]:
+def decode_rows(
+    backend: Backend,
+    rows: Iterable[Row[Key]],
+    rules: DecodingRules,
+    *,
+    wanted: Callable[[Key], bool] = lambda _: True,
+) -> Iterator[DecodedRow[Key]]:
     """Decode `rows`, taking them from the iterable only when a slot is free; yields each as it ends.
+
+    Args:
+        backend: has the slots.
+        rows: the queue; its keys come back with the results.
+        rules: how every row starts and ends.
+        wanted: asked for the key of every live row after rows were taken, as it is then that a source may fail; a
+            row that is not wanted leaves without a result.
 
     Raises:
         OptionError: `rules` ask for more positions than the backend's cache has.
     """
     if rules.max_tokens > backend.length:
         raise OptionError(f"{rules.max_tokens} tokens a row do not fit a cache of {backend.length}: ask for fewer")
-    waiting = iter(rows)
-    again: list[_Live] = []
-    slots: list[_Live] = []
+    queue = _Queue(iter(rows), wanted)
+    slots: list[_Live[Key]] = []
     holes: list[int] = []
     while True:
-        free = backend.slots - len(slots) + len(holes)
-        fresh = [again.pop() for _ in range(min(free, len(again)))]
-        fresh += [_Live(row, attempt=1) for row in islice(waiting, free - len(fresh))]
-        _place(backend, slots, holes, fresh)
-        _close_holes(backend, slots, holes)
-        if not slots:
+        _fill(backend, slots, holes, queue)
+        if not slots and queue.is_empty:
             return
+        with _shared_by(slots):
+            ends = _step(backend, slots, rules) if slots else []
         holes = []
-        for place, (live, status) in enumerate(zip(slots, _step(backend, slots, rules), strict=True)):
-            if status is None:
-                continue
-            holes.append(place)
-            if status == "failed" and live.attempt < ATTEMPTS:
-                again.append(_Live(live.row, live.attempt + 1))
-            else:
-                yield live.decoded(status)
+        for place, status in enumerate(ends):
+            if status is not None:
+                holes.append(place)
+                if decoded := _leave(slots, place, status, queue):
+                    yield decoded
 
 
-def _step(backend: Backend, slots: Sequence[_Live], rules: DecodingRules) -> list[Status | None]:
+_GONE: _Live[Any] = _Live(Row(None, np.empty(0, np.float32)), attempt=0)
+
+
+@dataclass(slots=True)
+class _Queue(Generic[Key]):
+    """Rows that wait: those to be decoded once more, then those of the source."""
+
+    source: Iterator[Row[Key]]
+    wanted: Callable[[Key], bool]
+    again: list[_Live[Key]] = field(default_factory=list)
+    is_empty: bool = False
+
+    def take(self, count: int) -> list[_Live[Key]]:
+        taken = [self.again.pop() for _ in range(min(count, len(self.again)))]
+        taken += [_Live(row, attempt=1) for row in islice(self.source, count - len(taken))]
+        self.is_empty = len(taken) < count
+        return [live for live in taken if self.wanted(live.row.key)]  # of those taken first, too: it may change
+
+
+@contextmanager
+def _shared_by(rows: Sequence[_Live[Any]]) -> Iterator[None]:
+    """Divide the time of the block among the rows that are there at its end."""
+    clock = Stopwatch()
+    with clock.stage("shared"):
+        yield
+    for live in rows:
+        live.seconds += clock.seconds["shared"] / len(rows)
+
+
+def _fill(backend: Backend, slots: list[_Live[Key]], holes: list[int], queue: _Queue[Key]) -> None:
+    """Give free slots to waiting rows, and leave no hole before the last live row."""
+    fresh = queue.take(backend.slots - len(slots) + len(holes))
+    ended = set(holes)
+    holes = [place for place, live in enumerate(slots) if place in ended or not queue.wanted(live.row.key)]
+    with _shared_by(fresh):
+        _place(backend, slots, holes, fresh)
+    with _shared_by(slots):
+        _close_holes(backend, slots, holes)
+
+
+def _step(backend: Backend, slots: Sequence[_Live[Any]], rules: DecodingRules) -> list[Status | None]:
     """One token for every live row; says which of them have ended."""
     tokens = np.fromiter((live.tokens[-1] if live.tokens else rules.start_token for live in slots), np.int32)
     positions = np.fromiter((len(live.tokens) for live in slots), np.int32)
@@ -117,17 +182,27 @@ def _step(backend: Backend, slots: Sequence[_Live], rules: DecodingRules) -> lis
     return [_append(live, token, log_prob, rules) for live, token, log_prob in triples]
 
 
-def _append(live: _Live, token: int, log_prob: float, rules: DecodingRules) -> Status | None:
+def _leave(slots: list[_Live[Key]], place: int, status: Status, queue: _Queue[Key]) -> DecodedRow[Key] | None:
+    """Take a row out of its slot: to wait for another attempt, or else for good, and nothing here keeps it."""
+    live, slots[place] = slots[place], _GONE
+    if status == "failed" and live.attempt < ATTEMPTS:
+        queue.again.append(_Live(live.row, live.attempt + 1, live.seconds))
+        return None
+    return live.decoded(status)
+
+
+def _append(live: _Live[Any], token: int, log_prob: float, rules: DecodingRules) -> Status | None:
     if not np.isfinite(log_prob):
         return "failed"
-    if token == rules.end_token:
+    if token == rules.end_token and (live.tokens or rules.first_may_end):
         return "ended"
     live.tokens.append(token)
     live.log_probs.append(log_prob)
-    return "truncated" if len(live.tokens) >= rules.max_tokens else None
+    limit = rules.max_tokens if live.row.limit is None else min(live.row.limit, rules.max_tokens)
+    return "truncated" if len(live.tokens) >= limit else None
 
 
-def _place(backend: Backend, slots: list[_Live], holes: list[int], fresh: list[_Live]) -> None:
+def _place(backend: Backend, slots: list[_Live[Key]], holes: list[int], fresh: list[_Live[Key]]) -> None:
     """Put fresh rows into holes first, then behind the last row; neighbours are admitted in one call."""
     taken = holes[: len(fresh)]
     del holes[: len(fresh)]
@@ -139,7 +214,7 @@ def _place(backend: Backend, slots: list[_Live], holes: list[int], fresh: list[_
         backend.admit(neighbours[0], np.stack([slots[place].row.states for place in neighbours]))
 
 
-def _close_holes(backend: Backend, slots: list[_Live], holes: list[int]) -> None:
+def _close_holes(backend: Backend, slots: list[_Live[Any]], holes: list[int]) -> None:
     """Fill holes that nobody took with rows from the end; highest first, so that the last row is never a hole."""
     for hole in reversed(holes):
         last = slots.pop()

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from mt3_runtime.bundle import open_bundle
-from mt3_runtime.devices import DEFAULT_SLOTS
+from mt3_runtime.devices import default_slots
 from mt3_runtime.errors import Mt3Error
 from mt3_runtime.machine import MIB, ROOT, Machine, describe_machine, package_versions
 from mt3_runtime.version import __version__
@@ -260,14 +260,15 @@ def check_memory(available: int | None, bundle: Bundle | None) -> list[Finding]:
     return [Finding("warning" if available >= needed else "error", text, fix)]
 
 
-def memory_needed(bundle: Bundle, slots: int = DEFAULT_SLOTS) -> int:
+def memory_needed(bundle: Bundle, slots: int | None = None) -> int:
     """Estimate the peak resident bytes of a transcription on the CPU: process, weights, and caches of the slots."""
     manifest, model = bundle.manifest, bundle.manifest.model
     positions = model.max_length + manifest.features.segment_frames
     cache = 2 * model.decoder_layers * model.num_heads * model.d_kv * positions * 4  # keys and values, float32
     loaded = {name for entry in manifest.graphs if entry.lowering == "ort" for name in (entry.file, entry.weights)}
     weights = sum(manifest.files[name].size for name in loaded)
-    return PROCESS_BYTES + round(HEADROOM * (weights + slots * cache))
+    count = default_slots(manifest) if slots is None else slots
+    return PROCESS_BYTES + round(HEADROOM * (weights + count * cache))
 
 
 def _check_cuda(engine: Engine, *, nvidia: bool, reinstall: str) -> Finding:

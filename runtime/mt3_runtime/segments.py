@@ -101,13 +101,13 @@ def _cut(audio: NDArray[np.float32], features: FeatureSpec, vocabulary: Vocabula
         yield Segment(
             index=index,
             samples=samples,
-            frames=_real_frames(index, len(audio), features),
+            frames=real_frames(index, len(audio), features),
             start=segment_start(index, features, vocabulary),
             max_time=None if is_last else segment_start(index + 1, features, vocabulary),
         )
 
 
-def _real_frames(index: int, samples: int, features: FeatureSpec) -> int:
+def real_frames(index: int, samples: int, features: FeatureSpec) -> int:
     """Centred frames all see the reflected end of their segment: none of them is padding."""
     if features.centred:
         return features.segment_frames

@@ -1,19 +1,21 @@
-"""`mt3-run transcribe`: which files are written where, and one file after the other."""
+"""`mt3-run transcribe`: which files are written where, and all of them through one scheduler."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mt3_runtime.errors import Mt3Error, OptionError, OutputError
 from mt3_runtime.loading import load
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from mt3_runtime.transcriber import Transcriber
     from mt3_runtime.transcription import Transcription
@@ -61,38 +63,62 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
 
 def transcribe_jobs(jobs: Sequence[Job], arguments: argparse.Namespace) -> int:
     """Transcribe every job; returns how many failed. A failed one is reported and keeps nobody else from being done."""
-    transcriber = load(arguments.bundle, arguments.device, slots=arguments.slots, threads=arguments.threads)
+    transcriber = load(
+        arguments.bundle,
+        arguments.device,
+        slots=arguments.slots,
+        threads=arguments.threads,
+        strict_upstream=arguments.strict_upstream == "on",
+        fine_programs=arguments.programs == "fine",
+    )
     failures = 0
-    for job in jobs:
-        try:
-            transcription, notices = _run(transcriber, job, quiet=arguments.quiet)
-        except Mt3Error as error:
-            print(f"mt3-run: error: {error}", file=sys.stderr)
+    for job, outcome, bar in _outcomes(transcriber, jobs, quiet=arguments.quiet):
+        written = _save(job, outcome)
+        bar.clear()
+        if isinstance(written, Mt3Error):
+            print(f"mt3-run: error: {written}", file=sys.stderr)
             failures += 1
-            continue
-        if not arguments.quiet:
-            _tell(job, transcription, notices)
+        elif not arguments.quiet:
+            _tell(job, *written)
     if failures and len(jobs) > 1:
         print(f"mt3-run: {failures} of {len(jobs)} files failed, {len(jobs) - failures} were written", file=sys.stderr)
     return failures
 
 
-def _run(transcriber: Transcriber, job: Job, *, quiet: bool) -> tuple[Transcription, list[str]]:
+def _outcomes(
+    transcriber: Transcriber, jobs: Sequence[Job], *, quiet: bool
+) -> Iterator[tuple[Job, Transcription | Mt3Error, Any]]:
+    """What came of each job, as it is finished, and the progress bar, which is to be cleared before words."""
     from tqdm import tqdm  # noqa: PLC0415 -- not needed to say that an option is wrong
 
+    name = jobs[0].source.name if len(jobs) == 1 else f"{len(jobs)} files"
+    done, counts = Counter[int](), Counter[int]()
     with tqdm(
-        desc=job.source.name, unit="segment", delay=LONG_SECONDS, leave=False, disable=quiet or not sys.stderr.isatty()
+        desc=name, unit="segment", delay=LONG_SECONDS, leave=False, disable=quiet or not sys.stderr.isatty()
     ) as bar:
 
-        def progress(done: int, count: int) -> None:
-            bar.total = count
-            bar.update(done - bar.n)
+        def progress(index: int, segments: int, count: int) -> None:
+            done[index], counts[index] = segments, count
+            bar.total = counts.total()
+            bar.update(done.total() - bar.n)
 
-        transcription = transcriber.transcribe(job.source, progress=progress)
-    notices = list(transcription.warnings)
-    for path in job.outputs:
-        notices += [notice for notice in transcription.save(path) if notice not in notices]
-    return transcription, notices
+        sources = [job.source for job in jobs]
+        with closing(transcriber.transcribe_many(sources, progress=progress)) as outcomes:
+            for index, outcome in outcomes:
+                yield jobs[index], outcome, bar
+
+
+def _save(job: Job, outcome: Transcription | Mt3Error) -> tuple[Transcription, list[str]] | Mt3Error:
+    """Write every file of a job; returns the transcription with all notices, or what went wrong."""
+    if isinstance(outcome, Mt3Error):
+        return outcome
+    notices = list(outcome.warnings)
+    try:
+        for path in job.outputs:
+            notices += [notice for notice in outcome.save(path) if notice not in notices]
+    except Mt3Error as error:
+        return error
+    return outcome, notices
 
 
 def _tell(job: Job, transcription: Transcription, notices: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mt3_runtime.errors import OptionError, OutputError
 from mt3_runtime.files import atomic_write
 from mt3_runtime.midi import notes_to_midi, write_midi
+from mt3_runtime.midi_styles import MT3_STYLE, MidiStyle
 from mt3_runtime.picture import draw_piano_roll
 
 if TYPE_CHECKING:
@@ -20,10 +21,27 @@ if TYPE_CHECKING:
 
     import pretty_midi
 
+    from mt3_runtime.decoding import Status
     from mt3_runtime.notes import Note
 
 JSON_VERSION = 1
 _DIGITS = 6  # of seconds and probabilities in JSON
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentNotes:
+    """The notes that one segment completed. A note held over is completed, and given, by a later segment.
+
+    `start` in seconds; `count` is the number of segments of the whole audio: for a file what its header promises,
+    until it has been read to its end, which is at the latest with the last segment. `status` is the worst of the
+    segment's channels.
+    """
+
+    index: int
+    count: int
+    start: float
+    notes: tuple[Note, ...]
+    status: Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +52,8 @@ class Provenance:
     `real_time_factor` is processing seconds divided by audio seconds: 0.1 is ten times faster than the music
     plays, 0 where there is no audio. `tokens` are the ids generated, `invalid_events` and `dropped_events`
     those that made no note (see `DecodingStatistics`). Truncated segments reached the length limit before
-    their end, failed ones gave no usable tokens; both are indices of segments.
+    their end, failed ones gave no usable tokens, in one of their channels at least; both are indices of segments.
+    Of files transcribed together, each has its share of the seconds. `strict_upstream`: see `Transcriber`.
 
     Raises:
         OptionError: a time or a count is negative, or not a finite number.
@@ -56,6 +75,7 @@ class Provenance:
     dropped_events: int
     truncated_segments: tuple[int, ...] = ()
     failed_segments: tuple[int, ...] = ()
+    strict_upstream: bool = False
     warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -70,6 +90,8 @@ class Provenance:
 class Transcription:
     """The notes of a piece of audio of `duration` seconds, and their provenance.
 
+    `midi_style` is how they are written as MIDI; JSON and pictures hold them as they are.
+
     Raises:
         OptionError: `duration` is negative or not finite.
     """
@@ -77,6 +99,7 @@ class Transcription:
     notes: tuple[Note, ...]
     duration: float
     provenance: Provenance
+    midi_style: MidiStyle = MT3_STYLE
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "notes", tuple(self.notes))
@@ -90,7 +113,7 @@ class Transcription:
 
     def to_midi(self) -> pretty_midi.PrettyMIDI:
         """Return the notes as a PrettyMIDI; see `notes_to_midi` for what MIDI cannot hold."""
-        return notes_to_midi(self.notes)
+        return notes_to_midi(self.notes, style=self.midi_style)
 
     def to_json(self) -> str:
         """Return everything as JSON, one note on a line; times in seconds, rounded to a microsecond.
@@ -124,7 +147,7 @@ class Transcription:
         """
         suffix = Path(path).suffix.lower()
         if suffix in {".mid", ".midi"}:
-            return write_midi(self.notes, path)
+            return write_midi(self.notes, path, style=self.midi_style)
         if suffix == ".json":
             atomic_write(path, self.to_json().encode())
         elif suffix == ".png":

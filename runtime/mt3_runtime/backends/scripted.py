@@ -61,10 +61,10 @@ class _Pass:
 class ScriptedBackend:
     """A `Backend` without a network.
 
-    A row's key is the first number of its states; `encode` makes such states and numbers segments 0, 1, 2, ... in the
-    order in which they come, over all calls. A row replays `scripts[key]`, and `retries[key]`, where given, from its
-    second admission on. A value that is not finite comes out as the log-probability of an end token: what arg-max
-    makes of such logits is arbitrary, and an end is the worst.
+    A row's key is the first number of its states; `encode` makes such states and numbers the channels of all segments
+    0, 1, 2, ... in the order in which they come, over all calls. A row replays `scripts[key]`, and `retries[key]`,
+    where given, from its second admission on. A value that is not finite comes out as the log-probability of an end
+    token: what arg-max makes of such logits is arbitrary, and an end is the worst.
 
     Caches are simulated, stale entries included: a step is refused unless each slot holds exactly what its row has
     read. Every call that was accepted stands in `calls`.
@@ -82,6 +82,7 @@ class ScriptedBackend:
         slots: int = 8,
         length: int = 1024,
         start_token: int = PAD_TOKEN,
+        channels: int = 1,
     ) -> None:
         if slots < 1 or length < 1:
             raise OptionError(f"{slots} slots of {length} positions hold no row: give 1 or more of each")
@@ -92,16 +93,16 @@ class ScriptedBackend:
         for key, script in (*self._scripts.items(), *self._retries.items()):
             if not all(value == int(value) for value in script if math.isfinite(value)):
                 raise OptionError(f"the script of row {key} holds a fraction: give token ids and NaN")
-        self._start_token, self._encoded, self._admissions = start_token, 0, Counter[int]()
+        self._start_token, self._channels, self._encoded, self._admissions = start_token, channels, 0, Counter[int]()
         self._cross: list[_Pass | None] = [None] * slots
         self._own: list[list[tuple[_Pass, int] | None]] = [[None] * length for _ in range(slots)]
         self._next_token, self._log_prob = np.zeros(slots, np.int32), np.zeros(slots, np.float32)
 
     def encode(self, features: FloatArray) -> FloatArray:
-        """See `Backend.encode`; the states are the keys alone [segments, 1, 1, 1]."""
-        keys = np.arange(self._encoded, self._encoded + len(features), dtype=np.float32)
-        self._encoded += len(features)
-        return keys.reshape(-1, 1, 1, 1)
+        """See `Backend.encode`; the states are the keys alone [segments, channels, 1, 1]."""
+        keys = self._encoded + np.arange(len(features) * self._channels, dtype=np.float32)
+        self._encoded += len(keys)
+        return keys.reshape(len(features), self._channels, 1, 1)
 
     def admit(self, first: int, states: FloatArray) -> None:
         """See `Backend.admit`."""

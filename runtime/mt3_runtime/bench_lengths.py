@@ -1,0 +1,125 @@
+"""Times rows that end at forced lengths, to show that the cost of decoding follows the rows that are alive."""
+
+from __future__ import annotations
+
+from itertools import cycle, islice
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from mt3_runtime.decoding import DecodingRules, Row, decode_rows
+from mt3_runtime.errors import OptionError
+from mt3_runtime.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mt3_runtime.arrays import FloatArray
+    from mt3_runtime.backends import Backend
+
+LONG = 0.5  # of the longest length: rows from here on count as long ones
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """Lengths from "32,32,2", or from a file that holds such a list, also over several lines.
+
+    Raises:
+        OptionError: neither a list of whole numbers from 1 nor a file of them.
+    """
+    listed = text
+    if not _numbers(text):
+        try:
+            listed = Path(text).read_text("utf-8")
+        except (OSError, UnicodeError, ValueError) as error:
+            raise OptionError(
+                f"--lengths {text!r} is no list and no file: give a list such as 32,32,2, or a file"
+            ) from error
+    lengths = _numbers(listed)
+    if not lengths:
+        raise OptionError(f"--lengths {text!r} holds something else than whole numbers from 1: give such as 32,32,2")
+    return lengths
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = text.replace(",", " ").split()
+    whole = all(part.isascii() and part.isdecimal() and len(part) < 10 and int(part) > 0 for part in parts)
+    return tuple(map(int, parts)) if whole else ()
+
+
+def bench_lengths(
+    backend: Backend, states: FloatArray, start_token: int, lengths: Sequence[int], repeat: int
+) -> dict[str, Any]:
+    """Decode all rows with the lengths given, the long rows among them alone, and all rows at the longest length.
+
+    Args:
+        backend: computes.
+        states: of every row [rows, frames, d_model].
+        start_token: what every row begins with.
+        lengths: steps of each row, repeated as often as needed.
+        repeat: rounds over the three, after one that is not counted; medians are reported.
+
+    Returns:
+        By name: `rows`, `row_steps` (tokens in all), `admit_s` (cross-KV of all rows), `decode_s` (all the rest);
+        and `ratio`, the decode time with the lengths given over that of the long rows alone.
+
+    Raises:
+        OptionError: a length is more than the cache has positions.
+    """
+    longest = max(lengths)
+    if longest > backend.length:
+        raise OptionError(f"{longest} steps are more than the model's {backend.length}: give smaller --lengths")
+    given = [Row(index, own, limit) for index, (own, limit) in enumerate(zip(states, cycle(lengths), strict=False))]
+    runs = {
+        "given": given,
+        "long_alone": [row for row in given if _length(row) >= LONG * longest],
+        "all_long": [Row(row.key, row.states, longest) for row in given],
+    }
+    rules = DecodingRules(start_token, None, longest)
+    rounds = [{name: _timed(backend, rows, rules) for name, rows in runs.items()} for _ in range(repeat + 1)][1:]
+    result: dict[str, Any] = {
+        name: {
+            "rows": len(rows),
+            "row_steps": sum(map(_length, rows)),
+            **{f"{stage}_s": median(each[name][stage] for each in rounds) for stage in ("admit", "decode")},
+        }
+        for name, rows in runs.items()
+    }
+    ratios = [each["given"]["decode"] / each["long_alone"]["decode"] for each in rounds]
+    return {**result, "lengths": list(islice(cycle(lengths), len(states))), "ratio": median(ratios)}
+
+
+def to_lines(result: dict[str, Any]) -> list[str]:
+    """The figures for a person."""
+    names = {"given": "as given", "long_alone": "long rows alone", "all_long": "all rows long"}
+    lines = [
+        f"{text:<15} {run['rows']:4d} rows, {run['row_steps']:6d} row-steps: decode {run['decode_s']:.3f} s, "
+        f"admission {run['admit_s']:.3f} s"
+        for text, run in ((text, result[name]) for name, text in names.items())
+    ]
+    return [*lines, f"decode time {result['ratio']:.2f} times that of the long rows alone"]
+
+
+def _length(row: Row[int]) -> int:
+    return row.limit or 0
+
+
+class _Timed:
+    """A backend whose admissions are timed apart."""
+
+    def __init__(self, backend: Backend, clock: Stopwatch) -> None:
+        self._backend, self._clock = backend, clock
+        self.slots, self.length = backend.slots, backend.length
+        self.device, self.provider = backend.device, backend.provider
+        self.precision, self.threads = backend.precision, backend.threads
+        self.encode, self.step, self.move = backend.encode, backend.step, backend.move
+
+    def admit(self, first: int, states: FloatArray) -> None:
+        with self._clock.stage("admit"):
+            self._backend.admit(first, states)
+
+
+def _timed(backend: Backend, rows: Sequence[Row[int]], rules: DecodingRules) -> dict[str, float]:
+    clock = Stopwatch()
+    for _ in clock.each("decode", decode_rows(_Timed(backend, clock), rows, rules)):
+        pass
+    return clock.seconds

@@ -1,0 +1,82 @@
+"""Many pieces of audio through one scheduler: every slot is busy as long as any piece has rows."""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from mt3_runtime.decoding import decode_rows
+from mt3_runtime.errors import Mt3Error, OptionError
+from mt3_runtime.piece import Piece
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable, Iterator
+
+    from numpy.typing import ArrayLike
+
+    from mt3_runtime.decoding import DecodedRow, Row
+    from mt3_runtime.notes import Note
+    from mt3_runtime.piece import RowKey
+    from mt3_runtime.transcriber import ManyProgress, Source, Transcriber
+    from mt3_runtime.transcription import Transcription
+
+    Item = str | os.PathLike[str] | tuple[ArrayLike, int]
+    Outcome = tuple[int, Transcription | Mt3Error]
+
+
+class ManyPieces:
+    """The pieces under way: those with rows in slots, and the one that is being read."""
+
+    def __init__(self, transcriber: Transcriber, sources: Iterable[Item], progress: ManyProgress | None) -> None:
+        self._transcriber, self._sources, self._progress = transcriber, sources, progress
+        self._pieces: dict[int, Piece] = {}
+        self._notes: dict[int, list[list[Note]]] = {}  # of each segment that is done
+        self._failed: list[Outcome] = []
+
+    def results(self) -> Iterator[Outcome]:
+        """Index and result, or error, of every source, in the order in which they are finished."""
+        backend, rules = self._transcriber.backend, self._transcriber.rules
+        with closing(self._rows()) as rows:
+            for row in decode_rows(backend, rows, rules, wanted=lambda key: key.piece in self._pieces):
+                yield from self._failures()
+                yield from self._take(row)
+        yield from self._failures()
+
+    def _rows(self) -> Generator[Row[RowKey], None, None]:
+        for number, source in enumerate(self._sources):
+            try:
+                piece = Piece(self._transcriber, *_audio_and_rate(source), number=number)
+                self._pieces[number], self._notes[number] = piece, []
+                with closing(piece.rows()) as rows:
+                    yield from rows
+            except Mt3Error as error:
+                self._forget(number)
+                self._failed.append((number, error))
+
+    def _failures(self) -> Iterator[Outcome]:
+        while self._failed:
+            yield self._failed.pop(0)
+
+    def _take(self, row: DecodedRow[RowKey]) -> Iterator[Outcome]:
+        number = row.key.piece
+        piece, notes = self._pieces[number], self._notes[number]
+        for segment in piece.take(row):
+            notes.append(list(segment.notes))
+            if self._progress:
+                self._progress(number, len(notes), segment.count)
+        if piece.is_finished:
+            self._forget(number)
+            yield number, piece.result([note for some in notes for note in some])
+
+    def _forget(self, number: int) -> None:
+        self._pieces.pop(number, None)
+        self._notes.pop(number, None)
+
+
+def _audio_and_rate(source: Item) -> tuple[Source, int | None]:
+    if isinstance(source, str | os.PathLike):
+        return source, None
+    if not isinstance(source, tuple) or len(source) != 2:
+        raise OptionError("a source is neither a path nor a pair: give paths, or pairs of samples and their rate in Hz")
+    return source

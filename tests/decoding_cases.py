@@ -1,0 +1,46 @@
+"""Rows that replay scripts, and what has to come of them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mt3_runtime.backends.scripted import Admitted, Stepped
+from mt3_runtime.decoding import DecodedRow, DecodingRules, Row, decode_rows
+
+START, END = 0, 1
+RULES = DecodingRules(START, END, max_tokens=64)
+
+
+def script(key, length):
+    """Tokens that no other row has, then the end."""
+    return [100 * key + 2 + index for index in range(length)] + [END]
+
+
+def row(key):
+    return Row(key, np.full((2, 3), key, np.float32))
+
+
+def decode(backend, keys=None, rules=RULES):
+    keys = list(backend._scripts) if keys is None else keys
+    decoded = list(decode_rows(backend, map(row, keys), rules))
+    assert sorted(row.key for row in decoded) == sorted(keys)
+    return {row.key: row for row in decoded}
+
+
+def check(decoded, tokens, status):
+    assert isinstance(decoded, DecodedRow)
+    assert decoded.status == status
+    assert decoded.tokens.tolist() == list(tokens)
+    assert decoded.tokens.dtype == np.int32
+    assert decoded.log_probs.dtype == np.float32
+    assert decoded.log_probs.tolist() == [-token / 1024 for token in tokens]
+
+
+def positions_of(backend, key):
+    """Where a row was stepped, over all its passes."""
+    steps = [call for call in backend.calls if isinstance(call, Stepped)]
+    return [position for step in steps for own, position in zip(step.keys, step.positions, strict=True) if own == key]
+
+
+def admissions_of(backend, key):
+    return sum(call.keys.count(key) for call in backend.calls if isinstance(call, Admitted))
