@@ -447,11 +447,13 @@ def test_a_stage_ends_when_it_is_learned_or_its_time_is_up():
     assert {name for stage in STAGES for name, _ in stage.mixture} == set(KINDS)
 
 
-def test_the_rate_warms_up_stays_and_falls_to_nothing():
-    rates = np.array([schedule(step, 1000) for step in range(1000)])
+def test_the_rate_warms_up_slows_down_and_falls_to_nothing():
+    rates = np.array([schedule(step, 4000) for step in range(4000)])
     assert rates[0] == pytest.approx(0.02)
-    assert (rates[49:600] == 1.0).all()
-    np.testing.assert_allclose(rates[600:], np.linspace(1.0, 1 / 400, 400))
+    assert (rates[49:400] == 1.0).all()
+    assert rates[1600] == pytest.approx(0.5)
+    assert (np.diff(rates[400:]) < 0).all()
+    np.testing.assert_allclose(rates[2400:], np.sqrt(400 / np.arange(2400, 4000)) * np.linspace(1.0, 1 / 1600, 1600))
 
 
 def test_agreement_counts_what_it_says():

@@ -15,12 +15,9 @@ from conftest import TINY_FEATURES, TINY_MODEL
 from fast_export import FastExport
 from graph_cases import extents, one_thread
 from mt3_export.checkpoint import Checkpoint
-from mt3_export.design import PerceiverDesign
 from mt3_export.lowering import Eager
 from mt3_export.network import build_modules
 from mt3_export.random_weights import random_tensors
-from mt3_export.random_yourmt3 import random_yourmt3_tensors
-from mt3_export.state import Sizes
 from mt3_export.verify import (
     GraphReport,
     Routing,
@@ -30,11 +27,10 @@ from mt3_export.verify import (
     decided_features,
     verify_bundle,
 )
-from mt3_export.yourmt3_layout import Layout, PerceiverSizes
 from mt3_runtime.bundle import open_bundle
 from mt3_runtime.errors import BundleError, CheckpointError
 from mt3_runtime.graphs import GRAPH_NAMES
-from mt3_runtime.specs import FeatureSpec, ModelSpec
+from small_yourmt3 import channel_checkpoint
 
 WEIGHTS = "weights.fp32.bin"
 STEPS = 6
@@ -291,16 +287,6 @@ def test_what_passes(relative, tokens, passed):
 
 
 # ---- several channels ----------------------------------------------------------------------------------------------
-
-
-def channel_checkpoint() -> Checkpoint:
-    """A small PerceiverTF network with three channels and experts."""
-    perceiver = PerceiverSizes(8, 128, 6, 32, 32, 1, 1, 1, 64, 4, 0, 2, "layer")
-    layout = Layout(Sizes(32, 32, 48, 1, 2, 596), 40, channels=3, shared=True, perceiver=perceiver)
-    spec = ModelSpec("yourmt3", "small", 32, 2, 16, 48, 1, 2, 596, 256, 40, 0, 1, channels=3)
-    features = FeatureSpec("yourmt3_spectrum", mel_norm=False, hop_length=2000, bins=1024, segment_samples=32_767)
-    design = PerceiverDesign(heads=8, residual=True, chosen=2, norm="layer")
-    return Checkpoint(spec, features, random_yourmt3_tensors(layout, 1, 2), "random:1", None, design=design)
 
 
 @pytest.mark.parametrize("change", [0.0, 1e-3])

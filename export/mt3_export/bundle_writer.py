@@ -18,7 +18,7 @@ from mt3_export.lowering import LOWERINGS
 from mt3_export.network import build_modules
 from mt3_export.onnx_graph import PREFIX, trace
 from mt3_export.state import printable
-from mt3_export.weights_file import WeightsFile
+from mt3_export.weights_file import WeightsFile, stored_weights
 from mt3_runtime.errors import BundleError, OptionError, OutputError
 from mt3_runtime.graphs import graph_specs
 from mt3_runtime.manifest import (
@@ -104,11 +104,12 @@ def _write_graphs(
     checkpoint: Checkpoint, folder: Path, precision: Precision, storage: WeightsStorage
 ) -> tuple[GraphFile, ...]:
     specs = graph_specs(checkpoint.model, checkpoint.features)
+    tensors = stored_weights(checkpoint.tensors, storage)  # rounded before anything is folded, as `verify` does
     weights = WeightsFile(folder / f"weights.{precision}.bin", storage)
     entries = []
     try:
         for lowering, ops in LOWERINGS.items():
-            modules = build_modules(checkpoint.model, checkpoint.features, checkpoint.tensors, ops, checkpoint.design)
+            modules = build_modules(checkpoint.model, checkpoint.features, tensors, ops, checkpoint.design)
             for name, spec in specs.items():
                 graph = trace(modules[name], spec)
                 weights.move(graph, tables=dict(modules[name].named_buffers(PREFIX)))

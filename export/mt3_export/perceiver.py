@@ -144,9 +144,8 @@ class PerceiverEncoder(nn.Module):
         self.register_buffer("first_query", first.exact_queries(latents).float())
 
     def forward(self, features: Tensor) -> Tensor:
-        spectrum = normalised(self.front(features).transpose(1, 2), self.kind).flatten(
-            0, 1
-        )  # [sequences, channels, bins]
+        spectrum = self.front(features).transpose(1, 2)  # [segments, frames, channels, bins]
+        spectrum = normalised(spectrum, self.kind).flatten(0, 1)
         count, width = self.latents.shape[1:]
         shape = (features.shape[0], self.frames, count, width)
         latents, query = (tensor.expand(shape) for tensor in (self.latents, self.first_query))

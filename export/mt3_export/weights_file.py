@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 4096  # pages: a mapped tensor then starts on one
 INLINE_BYTES = 1024  # smaller tensors stay in the graph
+TABLES = (".positions", ".latents")
 FP16_OVERFLOW = 65520  # rounds to infinity; what is below rounds to 65504 at most
 
 
@@ -49,7 +50,8 @@ class WeightsFile:
             tensor = value.const_value
             if tensor is None:
                 continue
-            halved = self.storage == "fp16" and len(tensor.shape) == 2 and value.name not in tables
+            is_matrix = len(tensor.shape) == 2 and tensor.dtype == ir.DataType.FLOAT
+            halved = self.storage == "fp16" and is_matrix and value.name not in tables
             if tensor.nbytes <= INLINE_BYTES and not halved:
                 continue
             array = np.ascontiguousarray(tensor.numpy())
@@ -72,9 +74,7 @@ class WeightsFile:
 
 
 def _halve(array: np.ndarray, name: str) -> np.ndarray:
-    largest = float(np.abs(array).max())
-    if largest >= FP16_OVERFLOW:
-        raise OptionError(f"{name} reaches {largest:g}, which fp16 cannot hold: store the weights in fp32")
+    _check_range(float(np.abs(array).max()), name)
     return array.astype(np.float16)
 
 
@@ -90,7 +90,27 @@ def _cast_back(graph: ir.Graph, value: ir.Value) -> None:
 
 
 def stored_weights(tensors: Mapping[str, Tensor], storage: WeightsStorage) -> dict[str, Tensor]:
-    """The float32 values that come back from a file: matrices rounded to fp16 if so stored."""
+    """The float32 values that come back from a file: matrices rounded to fp16 if so stored.
+
+    Tables, which are added and not multiplied by, keep their precision.
+
+    Raises:
+        OptionError: a matrix does not fit fp16.
+    """
     if storage == "fp32":
         return dict(tensors)
-    return {name: tensor.half().float() if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}
+    return {name: _rounded(tensor, name) if _is_matrix(tensor, name) else tensor for name, tensor in tensors.items()}
+
+
+def _is_matrix(tensor: Tensor, name: str) -> bool:
+    return tensor.ndim == 2 and not name.endswith(TABLES)
+
+
+def _rounded(tensor: Tensor, name: str) -> Tensor:
+    _check_range(float(tensor.abs().max()), name)
+    return tensor.half().float()
+
+
+def _check_range(largest: float, name: str) -> None:
+    if largest >= FP16_OVERFLOW:
+        raise OptionError(f"{name} reaches {largest:g}, which fp16 cannot hold: store the weights in fp32")

@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--validate", type=float, default=15.0, help="minutes between validations (default: 15)")
     plan = parser.add_argument_group("a new run", "what decides its outcome; kept in the folder")
     plan.add_argument("--seed", type=int, help="default: 0")
-    plan.add_argument("--steps", type=_positive, help="length of the plan (default: 12000); may be changed later")
+    plan.add_argument("--steps", type=_positive, help="length of the plan (default: 6000); may be changed later")
     plan.add_argument("--batch", type=_positive, help="segments in a step (default: 32)")
     plan.add_argument("--size", choices=("small", "full"), help="small: the demo; full: MT3's own, for a GPU")
     plan.add_argument("--precision", choices=("bf16", "fp32"), help="of matrix products (default: bf16)")

@@ -10,16 +10,18 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-MATRICES, OTHERS = 0.01, 0.002  # peak learning rates
+MATRICES, OTHERS = 0.005, 0.00125  # peak learning rates; at twice as much, learning stops after 500 steps
 WARM_UP = 50  # steps
+SLOWED = 400  # step after which the rate falls with the root of the number of steps
 ANNEALED = 0.4  # last share of all steps, over which the rate falls to nothing
 
 
 def schedule(step: int, steps: int) -> float:
     """The learning rate of step 0 to `steps` - 1, as a share of its peak."""
     warm = (step + 1) / WARM_UP
+    slow = (SLOWED / max(SLOWED, step)) ** 0.5
     cool = (steps - step) / max(1.0, ANNEALED * steps)
-    return min(1.0, warm, cool)
+    return min(warm, slow * min(1.0, cool))
 
 
 class Optimiser:

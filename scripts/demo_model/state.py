@@ -27,7 +27,7 @@ class Plan:
 
     seed: int = 0
     size: str = "small"
-    steps: int = 12_000
+    steps: int = 6_000
     batch: int = 32
     precision: str = "bf16"
 

@@ -1,0 +1,80 @@
+"""A small YourMT3 network all the way: checkpoint, bundle with matrices in fp16, verification, notes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from graph_cases import one_thread
+from mt3_export.bundle_writer import export_bundle
+from mt3_export.verify import verify_bundle
+from mt3_runtime.bundle import open_bundle
+from mt3_runtime.decoding import DecodingRules
+from mt3_runtime.loading import load
+from small_yourmt3 import channel_checkpoint
+
+RATE = 16_000
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return channel_checkpoint()
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint, tmp_path_factory):
+    return export_bundle(checkpoint, tmp_path_factory.mktemp("bundles") / "small", weights_storage="fp16")
+
+
+def audio(seconds, seed):
+    """Decaying tones over a little noise."""
+    generator = np.random.default_rng(seed)
+    time = np.arange(round(seconds * RATE)) / RATE
+    samples = generator.normal(0, 1e-3, len(time))
+    for onset, pitch in zip(generator.uniform(0, seconds, 12), generator.integers(40, 85, 12), strict=True):
+        since = np.maximum(time - onset, 0)
+        samples += (
+            0.1 * (time >= onset) * np.exp(-3 * since) * np.sin(2 * np.pi * 440 * 2 ** ((pitch - 69) / 12) * since)
+        )
+    return samples.astype(np.float32)
+
+
+def transcriber(folder, slots):
+    """Random weights write mostly shifts: a vocabulary of few shifts turns the same tokens into notes."""
+    loaded = load(folder, slots=slots, threads=1)
+    loaded.rules = DecodingRules(0, None, 12, first_may_end=False)
+    return loaded
+
+
+def facts(result):
+    """All but the confidences' last digits, which the number of rows beside may change."""
+    provenance, notes = result.provenance, [replace(note, confidence=None) for note in result.notes]
+    statistics = (provenance.invalid_events, provenance.dropped_events, provenance.tokens, provenance.segments)
+    return notes, statistics, provenance.truncated_segments, provenance.failed_segments
+
+
+def test_every_graph_is_torch(folder, checkpoint):
+    with one_thread():
+        reports = verify_bundle(open_bundle(folder), checkpoint, segments=2, steps=8)
+    assert len(reports) == 6
+    assert [report.to_text() for report in reports if not report.passed] == []
+    assert {report.tokens for report in reports} == {0, 2 * 3 * 8}
+
+
+def test_slots_and_neighbours_change_nothing(folder):
+    pieces = [audio(seconds, seed) for seed, seconds in enumerate((5.0, 0.3, 9.1))]
+    one = transcriber(folder, 1)
+    wanted = [facts(one.transcribe(piece, RATE)) for piece in pieces]
+    assert [segments for _, (_, _, _, segments), _, _ in wanted] == [3, 1, 5]
+    for slots in (2, 7):
+        together = dict(transcriber(folder, slots).transcribe_many((piece, RATE) for piece in pieces))
+        assert [facts(together[index]) for index in range(3)] == wanted
+
+
+def test_every_channel_is_decoded(folder):
+    result = transcriber(folder, 4).transcribe(audio(5.0, 3), RATE)
+    assert result.provenance.tokens == 3 * 3 * 12
+    assert result.provenance.truncated_segments == (0, 1, 2)
+    assert sum(result.provenance.stage_seconds.values()) > 0
