@@ -39,13 +39,13 @@ def test_slots_and_threads_reach_the_backend(tiny_folder):
     assert (backend.slots, backend.threads) == (3, 2)
 
 
-def test_slots_by_default_hold_two_segments_of_a_model_with_channels(tiny_bundle, channels_bundle):
+def test_slots_by_default_hold_four_segments_of_a_model_with_channels(tiny_bundle, channels_bundle):
     manifest = channels_bundle.manifest
     model = replace(manifest.model, channels=13)
     many = replace(manifest, model=model, contracts=tuple(graph_specs(model, manifest.features).values()))
     assert default_slots(tiny_bundle.manifest, "cpu") == 8
-    assert default_slots(manifest, "cpu") == 6
-    assert default_slots(many, "cpu") == 26
+    assert default_slots(manifest, "cpu") == 12
+    assert default_slots(many, "cpu") == 52
 
 
 def test_provenance_says_what_ran(tiny_folder):
