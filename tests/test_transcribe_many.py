@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,6 +209,12 @@ def test_a_source_that_fails_gives_its_error_and_harms_no_other(tiny_bundle, fil
     assert [plain(found[index]) for index in sorted(found)] == wanted
 
 
+@pytest.mark.parametrize("sources", ["a.wav", Path("a.wav"), b"a.wav", 3], ids=str)
+def test_one_path_is_no_list_of_paths(tiny_bundle, sources):
+    with pytest.raises(OptionError, match=r"is no list of sources: give a list of them, or use transcribe$"):
+        next(listener(tiny_bundle, scripts()).transcribe_many(sources))
+
+
 def test_only_failures(tiny_bundle, files, tmp_path):
     busy = listener(tiny_bundle, scripts())
     bad = broken(files, tiny_bundle, tmp_path)
@@ -266,7 +273,7 @@ def test_a_busy_transcriber_refuses_its_own_thread(tiny_bundle, files):
     stream = busy.transcribe_many(sources)
     next(stream)
     for call in (lambda: busy.transcribe(sources[1]), lambda: next(busy.transcribe_many(sources))):
-        with pytest.raises(OptionError, match=r"finish or close that iterator first$"):
+        with pytest.raises(OptionError, match=r"let it finish, or close its iterator first$"):
             call()
     assert len(list(stream)) == 4
 

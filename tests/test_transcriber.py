@@ -287,7 +287,7 @@ def test_a_busy_transcriber_refuses_its_own_thread(tiny_bundle):
     stream = busy.iter_segments(silence(4), RATE)
     next(stream)
     for call in (busy.transcribe, lambda *audio: next(busy.iter_segments(*audio))):
-        with pytest.raises(OptionError, match=r"finish or close that iterator first$"):
+        with pytest.raises(OptionError, match=r"let it finish, or close its iterator first$"):
             call(silence(4), RATE)
     assert [segment.index for segment in stream] == [1, 2, 3]  # unharmed
 

@@ -69,7 +69,6 @@ def bench(options: BenchOptions) -> dict[str, Any]:
         "load_s": load_s,
         "peak_rss_mb": peak_rss_mb(),
         "segments": options.segments,
-        "steps": options.steps,
         "repeat": options.repeat,
         **_circumstances(transcriber),
     }
@@ -106,6 +105,7 @@ def _steps(transcriber: Transcriber, features: FloatArray, options: BenchOptions
     rows = sorted({1, min(options.segments * model.channels, backend.slots)})
     steps = {str(n): [_decode(backend, states, n, options.steps) for _ in range(options.repeat + 1)][1:] for n in rows}
     return {
+        "steps": options.steps,
         "encode_s": median(encode for encode, _ in passes),
         "decode_ms_per_step": {name: median(times) for name, times in steps.items()},
         "total_s": median(total for _, total in passes),

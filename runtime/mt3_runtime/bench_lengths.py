@@ -27,7 +27,7 @@ def parse_lengths(text: str) -> tuple[int, ...]:
         OptionError: neither a list of whole numbers from 1 nor a file of them.
     """
     listed = text
-    if not _numbers(text):
+    if not _numbers(text) and "," not in text:
         try:
             listed = Path(text).read_text("utf-8")
         except (OSError, UnicodeError, ValueError) as error:

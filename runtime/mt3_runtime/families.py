@@ -65,10 +65,13 @@ def check_options(model: ModelSpec, *, strict_upstream: bool, fine_programs: boo
     Raises:
         OptionError: an option of YourMT3 for another family.
     """
-    asked = {"strict_upstream": strict_upstream, "fine_programs": fine_programs}
+    asked = {
+        "strict_upstream (--strict-upstream on)": strict_upstream,
+        "fine_programs (--programs fine)": fine_programs,
+    }
     if model.family != "yourmt3" and any(asked.values()):
-        names = " and ".join(name for name, value in asked.items() if value)
-        raise OptionError(f"{names} changes nothing for {model.name}, which is no YourMT3 model: leave it out")
+        names = ", ".join(name for name, value in asked.items() if value)
+        raise OptionError(f"only YourMT3 models have an option {names}, and {model.name} is none: leave it out")
 
 
 def decoding_rules(model: ModelSpec) -> DecodingRules:

@@ -10,6 +10,7 @@ from mt3_runtime.backends.ort import OrtBackend
 from mt3_runtime.bundle import DEMO_NAME, demo_bundle_path, open_bundle
 from mt3_runtime.devices import DEVICES, default_slots
 from mt3_runtime.errors import DeviceError, OptionError
+from mt3_runtime.families import check_options
 from mt3_runtime.transcriber import Transcriber
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def load(
             raise OptionError(f"{name} is {value!r}: give a whole number of 1 or more")
     opened = open_bundle(demo_bundle_path() if bundle is None else bundle)
     name = DEMO_NAME if bundle is None else str(bundle)
+    check_options(opened.manifest.model, strict_upstream=strict_upstream, fine_programs=fine_programs)
     count = default_slots(opened.manifest) if slots is None else slots
     backend = OrtBackend(opened, slots=count, threads=threads)
     return Transcriber(opened, backend, name=name, strict_upstream=strict_upstream, fine_programs=fine_programs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from mt3_runtime.errors import Mt3Error, OptionError
 from mt3_runtime.piece import Piece
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator
+    from collections.abc import Generator, Iterator
 
     from numpy.typing import ArrayLike
 
@@ -29,6 +30,8 @@ class ManyPieces:
     """The pieces under way: those with rows in slots, and the one that is being read."""
 
     def __init__(self, transcriber: Transcriber, sources: Iterable[Item], progress: ManyProgress | None) -> None:
+        if isinstance(sources, str | bytes | os.PathLike) or not isinstance(sources, Iterable):
+            raise OptionError(f"{sources!r:.100} is no list of sources: give a list of them, or use transcribe")
         self._transcriber, self._sources, self._progress = transcriber, sources, progress
         self._pieces: dict[int, Piece] = {}
         self._notes: dict[int, list[list[Note]]] = {}  # of each segment that is done

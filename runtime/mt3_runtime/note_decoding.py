@@ -37,7 +37,10 @@ class SegmentTokens:
 
 @dataclass(frozen=True, slots=True)
 class DecodingStatistics:
-    """Tokens that made no sense where they stood, and tokens cut off by the start of the next segment."""
+    """Tokens that made no sense where they stood, and tokens that made sense and were lost.
+
+    Lost are those cut off by the start of the next segment (MT3), or what `YourMt3NoteDecoder` lists (YourMT3).
+    """
 
     invalid_events: int
     dropped_events: int

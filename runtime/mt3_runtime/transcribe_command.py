@@ -76,7 +76,8 @@ def transcribe_jobs(jobs: Sequence[Job], arguments: argparse.Namespace) -> int:
         written = _save(job, outcome)
         bar.clear()
         if isinstance(written, Mt3Error):
-            print(f"mt3-run: error: {written}", file=sys.stderr)
+            told = str(written) if str(job.source) in str(written) else f"{job.source}: {written}"
+            print(f"mt3-run: error: {told}", file=sys.stderr)
             failures += 1
         elif not arguments.quiet:
             _tell(job, *written)
@@ -147,6 +148,8 @@ def _check_clashes(jobs: Sequence[Job]) -> None:
     for job in jobs:
         for path in job.outputs:
             other = owners.setdefault(os.path.realpath(path), job.source)
+            if other is not job.source and os.path.realpath(other) == os.path.realpath(job.source):
+                raise OptionError(f"{job.source} is given twice: give it once")
             if other is not job.source or os.path.realpath(path) == os.path.realpath(job.source):
                 raise OptionError(
                     f"{path} would be written for {job.source}, but belongs to {other}: use other folders"

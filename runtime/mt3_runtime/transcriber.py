@@ -91,8 +91,8 @@ class Transcriber:
     def iter_segments(self, audio: Source, sample_rate: int | None = None) -> Generator[SegmentNotes, None, None]:
         """Transcribe as `transcribe` does, and yield the notes segment by segment as they are complete.
 
-        Until the iterator is used up or closed, this transcriber is busy. What is wrong in the middle of a file is
-        raised when the reading comes to it, after the segments before it.
+        Until the iterator is used up or closed, this transcriber is busy; keep the iterator in one thread.
+        What is wrong in the middle of a file is raised when the reading comes to it, after the segments before it.
         """
         with self._turn():
             yield from self._segments(Piece(self, audio, sample_rate))
@@ -132,8 +132,8 @@ class Transcriber:
         thread = threading.get_ident()
         if self._owner == thread:  # waiting for oneself would be for ever
             raise OptionError(
-                "this transcriber is in the middle of iter_segments or transcribe_many: "
-                "finish or close that iterator first"
+                "this transcriber is in the middle of another transcription of this thread: "
+                "let it finish, or close its iterator first"
             )
         with self._lock:
             self._owner = thread

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,7 +151,9 @@ class Transcription:
         if suffix == ".json":
             atomic_write(path, self.to_json().encode())
         elif suffix == ".png":
-            atomic_write(path, draw_piano_roll(self.notes, duration=self.duration, title=self._title()))
+            heard = self.midi_style.written  # the instruments that stand for YourMT3's voices
+            notes = [replace(note, program=heard.get(note.program, note.program)) for note in self.notes]
+            atomic_write(path, draw_piano_roll(notes, duration=self.duration, title=self._title()))
         else:
             raise OutputError(f"cannot write {str(path)!r}: give it the suffix .mid, .midi, .json or .png")
         return ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -38,8 +39,10 @@ class Unfinished:
     def _where(self, status: Status) -> str:
         if self._channels == 1:
             return f"segments {ranges(self.segments(status))}"
-        by_channel = groupby(sorted(self._rows[status]), key=lambda row: row[0])
-        return "; ".join(f"channel {channel} of segments {ranges(s for _, s in rows)}" for channel, rows in by_channel)
+        alike: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)  # channels by their segments
+        for channel, rows in groupby(sorted(self._rows[status]), key=lambda row: row[0]):
+            alike[tuple(segment for _, segment in rows)].append(channel)
+        return "; ".join(f"channels {ranges(those)} of segments {ranges(rows)}" for rows, those in alike.items())
 
 
 def ranges(numbers: Iterable[int]) -> str:

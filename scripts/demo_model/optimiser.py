@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ ANNEALED = 0.4  # last share of all steps, over which the rate falls to nothing
 def schedule(step: int, steps: int) -> float:
     """The learning rate of step 0 to `steps` - 1, as a share of its peak."""
     warm = (step + 1) / WARM_UP
-    slow = (SLOWED / max(SLOWED, step)) ** 0.5
+    slow = math.sqrt(SLOWED / max(SLOWED, step))
     cool = (steps - step) / max(1.0, ANNEALED * steps)
     return min(warm, slow * min(1.0, cool))
 

@@ -68,21 +68,21 @@ def _sum_partials(
 
     With t = block + rest, exp(z t) = exp(z block) exp(z rest): the sum over partials is a matrix product.
     """
-    z = 2j * np.pi * hertz / RATE - decays / RATE  # per sample
-    outer = _powers(z * _BLOCK, -(-count // _BLOCK)) * (levels * np.exp(1j * phases))  # [blocks, partials]
-    inner = _powers(z, _BLOCK)  # [block, partials]
+    z = np.asarray((2j * np.pi * hertz - decays) / RATE, np.complex128)  # per sample
+    outer = _powers(z, -(-count // _BLOCK), _BLOCK) * (levels * np.exp(1j * phases))  # [blocks, partials]
+    inner = _powers(z, _BLOCK, 1)  # [block, partials]
     left = np.concatenate((outer.real, -outer.imag), axis=1, dtype=np.float32)
     right = np.concatenate((inner.real, inner.imag), axis=1, dtype=np.float32)
     return np.asarray((left @ right.T).reshape(-1)[:count])
 
 
-def _powers(z: NDArray[np.complex128], count: int) -> NDArray[np.complex128]:
-    """exp(z n) for n below `count`, by doubling: far fewer exponentials.  # [partials] -> [count, partials]"""
+def _powers(z: NDArray[np.complex128], count: int, step: int) -> NDArray[np.complex128]:
+    """exp(z step n) for n below `count`, by doubling: far fewer exponentials.  # [partials] -> [count, partials]"""
     powers = np.ones((count, len(z)), np.complex128)
     known = 1
     while known < count:
         more = min(known, count - known)
-        np.multiply(powers[:more], np.exp(z * known), out=powers[known : known + more])
+        np.multiply(powers[:more], np.exp(z * (step * known)), out=powers[known : known + more])
         known += more
     return powers
 

@@ -23,7 +23,7 @@ class Backend(Protocol):
     threads: int
 
     def encode(self, features: FloatArray) -> FloatArray:
-        """Log-mel [segments, frames, bins] -> states [segments, channels, frames, d_model]."""
+        """Features [segments, frames, bins] -> states [segments, channels, frames, d_model]."""
 
     def admit(self, first: int, states: FloatArray) -> None:
         """Give slots first, first+1, ... to new rows with encoder states [rows, frames, d_model]."""
