@@ -68,6 +68,12 @@ def test_other_files_are_named_and_refused(tmp_path, data, words):
     assert words in refusal(tmp_path, data)
 
 
+@pytest.mark.parametrize("model", ["mt3", "yptf-multi"])
+@pytest.mark.parametrize("key", ["segmem_encoder.weight", "shared.weight"])
+def test_the_model_that_was_asked_for_is_the_one_to_use(tmp_path, model, key):
+    assert refusal(tmp_path, {key: ONE}, model=model).endswith(f": use {model} weights")
+
+
 def test_archives_that_torch_did_not_write_are_refused(tmp_path):
     members = zipfile.ZipFile(io.BytesIO(torch_bytes(port_state())))
     packed_again = io.BytesIO()

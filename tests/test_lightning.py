@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import pathlib
 import pickle
 import resource
 import struct
@@ -12,6 +14,7 @@ import time
 import warnings
 import zipfile
 from collections import OrderedDict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +22,8 @@ import torch
 
 import pickles
 from graph_cases import one_thread
-from mt3_export.lightning import STAND_INS
+from mt3_export import published
+from mt3_export.lightning import STAND_INS, Unknown
 from mt3_export.pickled import DEPTH_LIMIT, SIZE_LIMIT
 from mt3_runtime.errors import Mt3Error
 from states import OPTIONS, load, port_state, refusal, same, torch_bytes
@@ -57,7 +61,7 @@ def test_the_stand_ins_are_those_names_and_no_others():
     numpy = {f"numpy.{name}" for name in (*NUMPY, "_core.multiarray.scalar", "ndarray", "dtype")}
     assert STAND_INS.keys() == project | numpy
     active = {"__call__", "__new__", "__reduce__", "__reduce_ex__", "__getattr__", "__eq__", "__hash__", "__del__"}
-    assert not any(active & vars(stand_in).keys() for stand_in in STAND_INS.values())
+    assert not any(active & vars(stand_in).keys() for stand_in in (*STAND_INS.values(), Unknown))
 
 
 def test_the_file_of_these_tests_needs_every_stand_in_of_its_numpy(whole):
@@ -83,8 +87,18 @@ def test_hyper_parameters_are_wanted_as_a_dictionary_and_a_state_dict_as_tensors
     assert "holds epoch besides tensors" in refused(tmp_path, lightning_file(MODEL, state_dict=broken))
     bare = {"state_dict": authors_state(MODEL), "additive_pe": 0}
     assert load(tmp_path, torch_bytes(bare), model=MODEL, num_heads=3).tensors
+    truthless = lightning_file(MODEL, hyper_parameters=torch.ones(2))
+    assert "hyper-parameters that are no dictionary" in refused(tmp_path, truthless)
     odd = hyper_parameters(MODEL) | {"model_cfg": 3, "audio_cfg": None, "task_manager": "none"}
     assert load(tmp_path, lightning_file(MODEL, hyper_parameters=odd), model=MODEL, num_heads=3).tensors
+
+
+def test_a_task_manager_may_be_the_class_itself(tmp_path):
+    with authors_modules() as classes:
+        said = hyper_parameters(MODEL) | {"task_manager": classes["TaskManager"]}
+        data = torch_bytes({"state_dict": authors_state(MODEL), "hyper_parameters": said})
+    checkpoint = load(tmp_path, data, model=MODEL)
+    assert checkpoint.warnings == ("not a published file: max_length 256 assumed as for yptf-multi",)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +108,45 @@ def test_any_other_class_is_refused_by_its_name(tmp_path, module, name):
     with authors_modules({module: (name,)}) as classes:
         data = torch_bytes({"state_dict": authors_state(MODEL), "x": classes[name]()})
     assert f"holds more than tensors ({module}.{name}) and was not opened" in refused(tmp_path, data)
+
+
+def recognised(monkeypatch, data):
+    row = replace(published.PUBLISHED[MODEL], sha256=hashlib.sha256(data).hexdigest())
+    monkeypatch.setattr(published, "PUBLISHED", {MODEL: row})
+
+
+def test_a_published_file_may_name_classes_that_no_one_foresaw(tmp_path, monkeypatch, whole):
+    data = lightning_file(MODEL, callbacks={"ModelCheckpoint": {"best": pathlib.PosixPath("a/b")}, "nan": slice(3)})
+    assert any(name in refused(tmp_path, data) for name in ("(pathlib.PosixPath)", "(pathlib._local.PosixPath)"))
+    recognised(monkeypatch, data)
+    found = load(tmp_path, data, model=MODEL, num_heads=3)  # what it says does not count
+    assert (found.model.name, found.warnings) == (MODEL, ())
+    assert same(found.tensors, load(tmp_path, whole, model=MODEL).tensors)
+
+
+def test_nothing_in_a_published_file_runs_either(tmp_path, monkeypatch):
+    """Here the hash vouches for malice: what is not refused is inert."""
+    marker, outcomes = tmp_path / "marker", set()
+    for payload in pickles.payloads(marker).values():
+        data = lightning_file(MODEL, callbacks={"x": payload})
+        recognised(monkeypatch, data)
+        try:
+            load(tmp_path, data, model=MODEL, num_heads=3)
+            outcomes.add("read")
+        except Mt3Error as error:
+            outcomes.add(str(error).partition(" is ")[2])
+        assert not marker.exists()
+    assert "read" in outcomes
+    refusals = outcomes - {"read"}
+    assert all(text.startswith("the published yptf-multi, yet ") for text in refusals)
+    assert all(text.endswith(": report this as a bug of mt3-export") for text in refusals)
+
+
+def test_what_torch_would_call_by_itself_is_refused_in_a_published_file_too(tmp_path, monkeypatch):
+    data = lightning_file(MODEL, extra=bytearray(b"x"))
+    recognised(monkeypatch, data)
+    message = refused(tmp_path, data)
+    assert "yet holds more than tensors (builtins.bytearray) and was not opened: report this" in message
 
 
 def test_mt3_has_no_stand_ins(tmp_path):
@@ -246,6 +299,73 @@ def test_nothing_reserves_memory_by_a_number(tmp_path, whole, name):
     data = pickles.repacked(whole, data_pkl=pickles.calling(name, hundred_gigabytes))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused(tmp_path, data)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
+
+
+def text(content):
+    return b"X" + struct.pack("<I", len(content)) + content
+
+
+ENCODE = b"c_codecs\nencode\n"
+BYTES = ENCODE + text(b"ab") + text(b"latin1") + b"\x86R"
+
+
+def among(whole, pickled):
+    """The archive with a pickle of a state dict, nothing in it, and some value."""
+    return pickles.repacked(whole, data_pkl=b"\x80\x02}(" + text(b"state_dict") + b"}" + text(b"x") + pickled + b"u.")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(text(b"ab") + text(codec) + b"\x86" for codec in (b"hex", b"punycode", b"idna", b"bz2", b"utf-8", b"LATIN1")),
+        ENCODE + text(b"ab") + text(b"hex") + b"\x86R" + text(b"hex") + b"\x86",
+        BYTES + text(b"latin1") + b"\x86",
+        text(b"ab") + text(b"latin1") + text(b"strict") + b"\x87",
+        text(b"ab") + b"\x85",
+        text(b"latin1") + b"N\x86",
+        b"(" + text(b"hex") + text(b"hex") + b"t",
+        text(b"hex") + b"q\x01h\x01\x86",
+        b")",
+        b"N",
+    ],
+)
+@pytest.mark.parametrize(("function", "call"), [(b"", b"R"), (b"", b"\x81"), (b"q\x05h\x05", b"Re")])
+def test_text_is_encoded_as_bytes_are_pickled_and_no_other_way(tmp_path, whole, arguments, function, call):
+    start = b"](" if function else b""
+    message = refused(tmp_path, among(whole, start + ENCODE + function + arguments + call))
+    assert "(_codecs.encode of anything but bytes)" in message
+
+
+def test_bytes_and_sets_are_read_as_pickle_writes_them(tmp_path, whole):
+    assert "holds no dictionary of tensors" in refused(tmp_path, among(whole, BYTES))
+    twice = [b"ab" * 9, {1, "a"}, torch.Size((3, 4)), OrderedDict(a=1)] * 2
+    extra = [*twice, {1, "a"}, b"cd" * 9, torch.Size((3, 4)), np.zeros(3, "<f4"), np.ones(2, "<f4")]
+    assert load(tmp_path, lightning_file(MODEL, extra=extra), model=MODEL).tensors
+
+
+MILLION = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("pickled", "words"),
+    [
+        (b"](" + (ENCODE + text(b"a" * MILLION) + b"q\x00" + text(b"latin1") + b"\x86q\x01R")
+         + (ENCODE + b"h\x01R") * 300 + b"e", "holds more than 8 MiB"),
+        (b"](" + text(b"a" * MILLION) + b"q\x00" + (ENCODE + b"h\x00" + text(b"latin1") + b"\x86R") * 300 + b"e",
+         "holds more than 8 MiB"),
+        *((b"](](" + b"K\x01" * 99_999 + b"eq\x00" + (f"c{name}\n".encode() + b"h\x00\x85R") * 3000 + b"e",
+           "copies one value many times over") for name in ("builtins\nset", "collections\nOrderedDict")),
+        (b"]((" + b"K\x01" * 99_999 + b"tq\x00" + b"ctorch\nSize\nh\x00\x85R" * 3000 + b"e", "copies one value"),
+        (b"](](" + b"K\x01" * 99_999 + b"e\x85q\x00" + b"cbuiltins\nset\nh\x00R" * 3000 + b"e", "copies one value"),
+        (b"](" + text(b"a" * MILLION) + b"q\x00" + b"cbuiltins\nset\nh\x00\x85R" * 3000 + b"e", "copies one value"),
+        *((b"](}q\x00" + b"ccollections\nOrderedDict\n)R" + state + b"b" + b"e", "copies one value")
+          for state in (b"h\x00", b"h\x00N\x86", b"Nh\x00\x86")),
+    ],
+)  # fmt: skip
+def test_a_small_file_stays_small_in_memory(tmp_path, whole, pickled, words):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert words in refused(tmp_path, among(whole, pickled))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
 
 

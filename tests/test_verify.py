@@ -14,6 +14,7 @@ from bundle_cases import copied, forge, seal
 from conftest import TINY_FEATURES, TINY_MODEL
 from fast_export import FastExport
 from graph_cases import extents, one_thread
+from mt3_export import cli
 from mt3_export.checkpoint import Checkpoint
 from mt3_export.lowering import Eager
 from mt3_export.network import build_modules
@@ -164,6 +165,18 @@ def test_another_model(tiny_bundle, model, features):
     other = Checkpoint(model, features, random_tensors(model, seed=7), "other.pth", None)
     with pytest.raises(CheckpointError, match=r"other\.pth is another model than .*: name the one it was made from"):
         verify_bundle(tiny_bundle, other)
+
+
+@pytest.mark.parametrize(("family", "model"), [("yourmt3", "mt3"), ("mt3", "yptf-multi")])
+def test_a_model_of_the_other_family_is_named_before_weights_are_read(
+    capsys, monkeypatch, tiny_folder, tiny_bundle, channels_bundle, family, model
+):
+    bundle = channels_bundle if family == "yourmt3" else tiny_bundle
+    monkeypatch.setattr("mt3_runtime.bundle.open_bundle", lambda _: bundle)
+    options = ["--checkpoint", "none.pth", *(["--model", model] if model != "mt3" else [])]
+    assert cli.main(["verify", str(tiny_folder), *options]) == 2
+    fix = "give --model mt3" if family == "mt3" else "give --model with its name (ymt3plus, yptf-single"
+    assert f"{tiny_folder} is a bundle of family {family}, not of {model}: {fix}" in capsys.readouterr().err
 
 
 def test_fp16_weights_taken_for_fp32(tiny_folder, tmp_path, tiny_checkpoint):

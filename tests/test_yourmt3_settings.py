@@ -13,6 +13,10 @@ import safetensors.torch
 from mt3_export import published
 from mt3_export.checkpoint import load_checkpoint
 from mt3_export.design import PerceiverDesign
+from mt3_export.stored import StoredState
+from mt3_export.yourmt3_layout import published_layout
+from mt3_export.yourmt3_models import MODELS as CONSTANTS
+from mt3_export.yourmt3_settings import resolve_yourmt3
 from mt3_runtime.errors import CheckpointError, OptionError
 from states import load, refusal, torch_bytes
 from yourmt3_states import authors_state, hyper_parameters, shared_copies
@@ -160,6 +164,8 @@ def test_settings_of_the_file_win_over_those_of_the_published_model(tmp_path):
         "hop_length is 256 as the file says, where yptf-moe-multi has 300",
         "query residual is off as the file says, where yptf-moe-multi has on",
         "experts chosen is 1 as the file says, where yptf-moe-multi has 2",
+        "segment_samples is 20000 as the file says, where yptf-moe-multi has 32767",
+        "num_heads of PerceiverTF is 4 as the file says, where yptf-moe-multi has 8",
         "not a published file: max_length 256 assumed as for yptf-moe-multi",
     )
 
@@ -183,9 +189,50 @@ def test_the_mel_range_is_that_of_the_file(tmp_path):
     content = said(MEL, {"audio_cfg.f_min": 20, "audio_cfg.f_max": 7600.0})
     checkpoint = load(tmp_path, torch_bytes({"state_dict": state, "hyper_parameters": content}), model=MEL)
     assert (checkpoint.features.f_min, checkpoint.features.f_max, checkpoint.features.bins) == (20.0, 7600.0, 512)
+    assert checkpoint.warnings[:2] == (
+        "f_min is 20 as the file says, where ymt3plus has 50.0",
+        "f_max is 7600.0 as the file says, where ymt3plus has 8000.0",
+    )
     content["model_cfg"]["encoder"]["t5"]["num_heads"] = 3
     data = torch_bytes({"state_dict": state, "hyper_parameters": content})
     assert "says 2 and 3 heads of T5" in refusal(tmp_path, data, model=MEL)
+
+
+@pytest.mark.parametrize("name", ["f_min", "f_max"])
+@pytest.mark.parametrize("value", [10**400, float("inf"), float("nan"), -1.0, -(10**400), 1_000_000, True, "50", None])
+def test_frequencies_are_numbers_of_sane_size(tmp_path, name, value):
+    for model in (MEL, MULTI):
+        message = refusal(tmp_path, saying(model, {f"audio_cfg.{name}": value}), model=model)
+        assert f"says audio_cfg.{name} {value!r}"[:80] in message
+        assert "not a frequency in Hz: use another checkpoint" in message
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "name", "value", "usual"),
+    [
+        (MEL, "audio_cfg.n_fft", "fft_length", 1024, 2048),
+        (MEL, "audio_cfg.input_frames", "segment_samples", 20_000, 32_767),
+        (MULTI, "model_cfg.decoder.multi-t5.num_heads", "num_heads", 3, 6),
+        (SINGLE, "model_cfg.decoder.t5.num_heads", "num_heads", 12, 6),
+        (MEL, "model_cfg.encoder.t5.num_heads", "num_heads of the encoder", 3, 6),
+    ],
+)
+def test_what_a_file_alone_changes_is_said(model, path, name, value, usual):
+    """In full size, where the published model's number of heads is one of the ways to read the same tensors."""
+    layout = published_layout(CONSTANTS[model])
+    content: dict[str, object] = {}
+    place = content
+    *way, last = path.split(".")
+    for step in way:
+        place[step] = place = {}
+    place[last] = value
+    stored = StoredState({}, None, content)
+    line = f"{name} is {value} as the file says, where {model} has {usual}"
+    assert line in resolve_yourmt3(model, layout, {}, stored, published=False).warnings
+    place[last] = usual
+    warnings = resolve_yourmt3(model, layout, {}, stored, published=False).warnings
+    assert len(warnings) == 1
+    assert "assumed as for" in warnings[0]
 
 
 # ---- options and metadata ------------------------------------------------------------------------------------------
@@ -219,7 +266,13 @@ def test_heads_are_a_fact_not_a_choice(tmp_path):
 def test_max_length_may_be_asked_for(tmp_path):
     checkpoint = load(tmp_path, STATES[MULTI], model=MULTI, num_heads=3, max_length=512)
     assert checkpoint.model.max_length == 512
-    assert "max_length is 512 as asked, where the checkpoint says 256" in checkpoint.warnings
+    assert checkpoint.warnings == (
+        "not a published file: hop_length 300, query residual off assumed as for yptf-multi",
+    )
+    data = saying(MULTI, {"task_manager": {"max_total_token_length": 256}})
+    assert load(tmp_path, data, model=MULTI, max_length=512).warnings == (
+        "max_length is 512 as asked, where the checkpoint says 256",
+    )
     message = refusal(tmp_path, STATES[MULTI], model=MULTI, num_heads=3, max_length=1035)
     assert "positions for 1034 tokens, fewer than max_length 1035: ask for less" in message
 

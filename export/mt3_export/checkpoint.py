@@ -38,9 +38,9 @@ _LARGEST_FILE = 2**31  # bytes; the largest published file of the family is a th
 class Checkpoint:
     """A network ready to be exported.
 
-    `tensors`: exactly the keys and shapes of `expected_shapes(model)`, float32 and finite. `source`: the file's name,
-    or `random:SEED`. `sha256`: of the file; None for random weights. `warnings`: what was assumed or converted.
-    `design`: of a PerceiverTF encoder, None where the encoder is T5's.
+    `tensors`: exactly the keys and shapes of `expected_shapes`, of `state` for mt3 and of `yourmt3_layout` for YourMT3,
+    float32 and finite. `source`: the file's name, or `random:SEED`. `sha256`: of the file; None for random weights.
+    `warnings`: what was assumed or converted. `design`: of a PerceiverTF encoder, None where the encoder is T5's.
     """
 
     model: ModelSpec
@@ -62,7 +62,7 @@ def load_checkpoint(
     num_heads: int | None = None,
     max_length: int | None = None,
 ) -> Checkpoint:
-    """Read a torch state dict or a safetensors file, or draw random weights of full size.
+    """Read a torch state dict, a Lightning file of YourMT3 or a safetensors file, or draw random weights of full size.
 
     Nothing in a file is ever executed. A published file is recognised by its hash and takes its settings from the
     table; a safetensors file carries them as metadata. Arguments win over both, which is noted in `warnings`.
@@ -108,7 +108,7 @@ def _load_file(path: Path, model: str, given: Mapping[str, Setting]) -> Checkpoi
     row = recognise(sha256)
     if row and row.model != model and row.model in MODEL_NAMES:
         raise CheckpointError(f"is the published {row.model}, not {model}: give --model {row.model}")
-    stored = read_state(data, model)
+    stored = _read_stored(data, model, row)
     del data  # files of three quarters of a GB
     name = row.model if row else path.stem
     if model == "mt3":
@@ -117,6 +117,19 @@ def _load_file(path: Path, model: str, given: Mapping[str, Setting]) -> Checkpoi
     return Checkpoint(
         network.model, network.features, network.tensors, path.name, sha256, network.warnings, network.design
     )
+
+
+def _read_stored(data: bytes, model: str, row: PublishedCheckpoint | None) -> StoredState:
+    try:
+        return read_state(data, model, published=row is not None)
+    except CheckpointError as error:
+        if row is None:
+            raise
+        # Nothing is wrong with the file, so that neither another download nor another format would help.
+        reason = str(error).rpartition(": ")[0]
+        raise CheckpointError(
+            f"is the published {row.name}, yet {reason}: report this as a bug of mt3-export"
+        ) from error
 
 
 def _mt3_checkpoint(
@@ -172,7 +185,7 @@ def _read_bytes(path: Path) -> bytes:
         raise CheckpointError(f"is {kind}: give the weight file itself")
     if len(data) > _LARGEST_FILE:
         raise CheckpointError(
-            f"is larger than {_LARGEST_FILE >> 30} GiB, no MT3 checkpoint is: save only the state dict"
+            f"is larger than {_LARGEST_FILE >> 30} GiB, no checkpoint of the family is: save only the state dict"
         )
     return data
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mt3_export.published import PUBLISHED
 from mt3_export.yourmt3_models import MODELS as YOURMT3
 from mt3_runtime.cli import positive, report_errors
-from mt3_runtime.errors import CheckpointError
+from mt3_runtime.errors import CheckpointError, OptionError
 from mt3_runtime.specs import MT3_FRONTENDS, POSITION_BASES
 from mt3_runtime.version import __version__
 
@@ -135,6 +135,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     from mt3_runtime.bundle import open_bundle  # noqa: PLC0415
 
     bundle = open_bundle(arguments.bundle)
+    family = bundle.manifest.model.family
+    if (family == "mt3") != (arguments.model == "mt3"):
+        fix = "give --model mt3" if family == "mt3" else f"give --model with its name ({', '.join(YOURMT3)})"
+        raise OptionError(f"{arguments.bundle} is a bundle of family {family}, not of {arguments.model}: {fix}")
     checkpoint = _load(arguments)
     if checkpoint.model.max_length < arguments.steps:
         raise CheckpointError(

@@ -16,14 +16,14 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
 _YOURMT3 = (b"task_manager", b"pitchshift", b"latent_array", b"additive_pe")
 # Looked for in this order: a memory checkpoint is a Lightning file too, and should be told apart.
 _NAMES: tuple[tuple[tuple[bytes, ...], str], ...] = (
-    ((b"segmem_",), "is MR-MT3 with memory, not supported by this version: use mt3 weights"),
+    ((b"segmem_",), "is MR-MT3 with memory, not supported by this version: use {model} weights"),
     (
         (b"pytorch-lightning_version", b"model.encoder.block", b"model.decoder.block", b"model.proj.weight"),
         "is a Lightning checkpoint, not a plain state dict: save its state_dict alone, without the prefix 'model.'",
     ),
     (
         (b"relative_attention_bias", b"shared.weight"),
-        "is a T5 of transformers (relative positions or a shared embedding), not MT3: use mt3 weights",
+        "is a T5 of transformers (relative positions or a shared embedding), not {model}: use {model} weights",
     ),
 )
 
@@ -68,6 +68,6 @@ def refuse_foreign_names(names: bytes, model: str) -> None:
         raise CheckpointError(f"is a YourMT3 checkpoint, not mt3: give --model {' or '.join(found)}")
     for markers, verdict in _NAMES:
         if any(marker in names for marker in markers):
-            raise CheckpointError(verdict)
+            raise CheckpointError(verdict.format(model=model))
     if model != "mt3" and b"proj.weight" in names and b"encoder.block." in names:
         raise CheckpointError(f"is an MT3 checkpoint, not {model}: give --model mt3")

@@ -43,7 +43,8 @@ def flatten(hyper_parameters: Mapping[str, object], layout: Layout) -> Said:
         for name in path.split("."):
             place = dict.get(place, name) if isinstance(place, dict) else None
         # The task manager is an object, of which only its attributes were kept.
-        group = place if isinstance(place, dict) else getattr(place, "__dict__", {})
+        attributes = getattr(place, "__dict__", None)
+        group = place if isinstance(place, dict) else attributes if isinstance(attributes, dict) else {}
         for name, value in dict.items(group):
             if isinstance(name, str) and _is_plain(value) and value not in _OPEN:
                 said[f"{path}.{name}"] = value

@@ -61,6 +61,10 @@ class NumpyScalar(NumpyValue):
     """Stands for numpy's `scalar`."""
 
 
+class Unknown(NumpyValue):
+    """Stands for whatever else a published file names, which its hash vouches for."""
+
+
 STAND_INS: Mapping[str, type] = MappingProxyType(
     {
         "utils.task_manager.TaskManager": TaskManager,
@@ -87,7 +91,9 @@ def split_lightning(loaded: dict[Any, Any]) -> tuple[object, dict[Any, Any]]:
     """
     if "state_dict" not in dict.keys(loaded):
         return loaded, {}
-    hyper_parameters = dict.get(loaded, "hyper_parameters") or {}
+    hyper_parameters = dict.get(loaded, "hyper_parameters")
+    if hyper_parameters is None:
+        hyper_parameters = {}
     if not isinstance(hyper_parameters, dict):
         raise CheckpointError("has hyper-parameters that are no dictionary: save only the state dict")
     return dict.get(loaded, "state_dict"), hyper_parameters

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mt3_export.foreign import refuse_foreign_bytes, refuse_foreign_names
-from mt3_export.lightning import PLAIN_NAMES, STAND_INS, split_lightning, tensors_only
+from mt3_export.lightning import PLAIN_NAMES, STAND_INS, Unknown, split_lightning, tensors_only
 from mt3_export.pickled import TENSOR_NAMES, check_pickles
 from mt3_runtime.errors import CheckpointError
 
@@ -48,18 +48,19 @@ class StoredState:
     hyper_parameters: Mapping[str, object] | None = None
 
 
-def read_state(data: bytes, model: str) -> StoredState:
+def read_state(data: bytes, model: str, *, published: bool = False) -> StoredState:
     """Read a weight file; its kind is told by its bytes, not by its name.
 
     Args:
         data: the whole file, so that what was hashed is what is read.
         model: what it was given as: only YourMT3's files may be Lightning's.
+        published: whether it was recognised by its hash: then classes that are not known have stand-ins too.
 
     Raises:
         CheckpointError: damaged, something else, or more than it may be; nothing in it has run.
     """
     refuse_foreign_bytes(data)
-    stored = _read_safetensors(data, model) if data[8:9] == b"{" else _read_torch(data, model)
+    stored = _read_safetensors(data, model) if data[8:9] == b"{" else _read_torch(data, model, published)
     # A few bytes can claim to be terabytes by repeating themselves, and converting them would then need that much.
     # Twice the file leaves room for matrices that are stored once under two names.
     if sum(tensor.numel() * tensor.element_size() for tensor in stored.tensors.values()) > 2 * len(data):
@@ -67,7 +68,7 @@ def read_state(data: bytes, model: str) -> StoredState:
     return stored
 
 
-def _read_torch(data: bytes, model: str) -> StoredState:
+def _read_torch(data: bytes, model: str, published: bool) -> StoredState:
     legacy = not data.startswith(b"PK")
     if not legacy:
         names = _archive_pickle(data)
@@ -81,10 +82,19 @@ def _read_torch(data: bytes, model: str) -> StoredState:
     if model == "mt3":
         check_pickles(names, TENSOR_NAMES, legacy=legacy)
         return StoredState(tensors_only(_load_torch(data)), None)
-    check_pickles(names, TENSOR_NAMES | PLAIN_NAMES | STAND_INS.keys(), legacy=legacy)
-    loaded = _load_torch(data, STAND_INS)
+    stand_ins = {**_unknown(data), **STAND_INS} if published and not legacy else STAND_INS
+    check_pickles(names, TENSOR_NAMES | PLAIN_NAMES | stand_ins.keys(), legacy=legacy)
+    loaded = _load_torch(data, stand_ins)
     state, hyper_parameters = split_lightning(loaded) if isinstance(loaded, dict) else (loaded, {})
     return StoredState(tensors_only(state), None, hyper_parameters)
+
+
+def _unknown(data: bytes) -> dict[str, type]:
+    """Stand-ins for all that an archive names; what torch knows by itself it would call, so that has none."""
+    try:
+        return dict.fromkeys(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data)), Unknown)
+    except _DAMAGE as error:
+        raise CheckpointError("is a cut off or damaged torch file: download or copy it again") from error
 
 
 def _archive_pickle(data: bytes) -> bytes:

@@ -150,7 +150,7 @@ def decided_features(
 
 
 def chord_features(spec: FeatureSpec, segments: int, seed: int) -> np.ndarray:
-    """Log-mel frames of decaying chords over a little noise [segments, frames, bins]: weights want to see music."""
+    """Features of decaying chords over a little noise [segments, frames, bins]: weights want to see music."""
     generator = np.random.default_rng(seed)
     time = np.arange(spec.segment_samples) / spec.sample_rate
     audio = generator.normal(0, 1e-3, (segments, len(time)))

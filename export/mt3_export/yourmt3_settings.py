@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 OPTIONS = ("num_heads", "max_length")  # all that the command line may say of these models
 HEADS = 8  # of every PerceiverTF: the authors' options do not reach it
 _FFT_LENGTH = 2048
+_F_MIN, _F_MAX = 50.0, 8000.0  # Hz, of mel bins
 _MAX_TOKENS = "task_manager.max_total_token_length"
 _LARGEST = 1_000_000
 
@@ -80,8 +81,9 @@ def resolve_yourmt3(
     warnings = [f"the file {line}, which counts" for line in found] if published else _differences(model, layout, said)
     said = {} if published else said
     warnings += [] if published else _assumed(model, layout, given, said)
-    known = {"max_length": _whole(said, _MAX_TOKENS, MODELS[model].max_length)}
-    warnings += overrides({name: value for name, value in given.items() if name in known}, known)
+    if "max_length" in given and (published or _MAX_TOKENS in said):
+        known = {"max_length": _whole(said, _MAX_TOKENS, MODELS[model].max_length)}
+        warnings += overrides({"max_length": given["max_length"]}, known)
     return _settings(model, layout, given, said, tuple(warnings))
 
 
@@ -96,8 +98,8 @@ def _settings(
         hop_length=_whole(said, "audio_cfg.hop_length", published.hop_length),
         segment_samples=_whole(said, "audio_cfg.input_frames", SEGMENT_SAMPLES),
         fft_length=_whole(said, "audio_cfg.n_fft", _FFT_LENGTH),
-        f_min=_hertz(said, "audio_cfg.f_min", 50.0),
-        f_max=_hertz(said, "audio_cfg.f_max", 8000.0),
+        f_min=_hertz(said, "audio_cfg.f_min", _F_MIN),
+        f_max=_hertz(said, "audio_cfg.f_max", _F_MAX),
         heads=_heads(said, layout),
         residual=_truth(said, f"{encoder}.sca_use_query_residual", published.residual),
         chosen=_whole(said, f"{encoder}.moe_topk", published.chosen) if experts else 0,
@@ -200,10 +202,26 @@ def _sources(model: str, layout: Layout) -> dict[str, tuple[str, Plain]]:
     return sources
 
 
+def _constants(model: str, layout: Layout) -> dict[str, tuple[str, Plain]]:
+    """Where a file may differ in what all published models share."""
+    encoder, heads = encoder_path(layout), MODELS[model].num_heads
+    constants: dict[str, tuple[str, Plain]] = {
+        "segment_samples": ("audio_cfg.input_frames", SEGMENT_SAMPLES),
+        "fft_length": ("audio_cfg.n_fft", _FFT_LENGTH),
+    }
+    if layout.sizes.inner == published_layout(MODELS[model]).sizes.inner:
+        constants["num_heads"] = (f"{decoder_path(layout)}.num_heads", heads)
+        if not layout.perceiver:
+            constants["num_heads of the encoder"] = (f"{encoder}.num_heads", heads)
+    if layout.perceiver:
+        return constants | {"num_heads of PerceiverTF": (f"{encoder}.num_self_attention_heads", HEADS)}
+    return constants | {"f_min": ("audio_cfg.f_min", _F_MIN), "f_max": ("audio_cfg.f_max", _F_MAX)}
+
+
 def _differences(model: str, layout: Layout, said: Said) -> list[str]:
     return [
         f"{name} is {show(said[path])} as the file says, where {model} has {show(value)}"
-        for name, (path, value) in _sources(model, layout).items()
+        for name, (path, value) in (_sources(model, layout) | _constants(model, layout)).items()
         if path in said and said[path] != value
     ]
 
@@ -230,9 +248,10 @@ def _truth(said: Said, name: str, default: bool) -> bool:
 
 def _hertz(said: Said, name: str, default: float) -> float:
     value = said.get(name, default)
-    if type(value) not in (int, float):
+    # Written so that NaN fails too.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < _LARGEST:
         raise _unusable(name, value, "a frequency in Hz")
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
 def _unusable(name: str, value: Plain, wanted: str) -> CheckpointError:
