@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mt3_runtime.segments import iter_segments
+from mt3_runtime.segments import iter_segments, stream_segments
 from mt3_runtime.specs import FeatureSpec, VocabularySpec
-from mt3_runtime.streaming import stream_segments
 
 VOCABULARY = VocabularySpec()
 MT3 = FeatureSpec("ddsp", mel_norm=False, hop_length=4, segment_samples=12, fft_length=16, bins=4)

@@ -20,13 +20,12 @@ from mt3_export import bundle_writer
 from mt3_export.checkpoint import load_checkpoint
 from mt3_export.lowering import LOWERINGS, Eager
 from mt3_export.network import build_modules
-from mt3_runtime.backends.ort import LOWERING, OrtBackend, open_session
+from mt3_runtime.backends.ort import LOWERING, OrtBackend
 from mt3_runtime.bundle import open_bundle
 from mt3_runtime.decoding import DecodingRules, Row, decode_rows
 from mt3_runtime.features import feature_extractor
-from mt3_runtime.graphs import GRAPH_NAMES
 from oracle.authors import HERE, find_python
-from oracle.ours import UNWRITTEN, relative_error, shifted
+from oracle.ours import UNWRITTEN, open_graphs, relative_error, shifted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -131,14 +130,7 @@ def folder(case, tmp_path_factory):
 
 def run_graphs(case: Case, folder: Path) -> dict[str, np.ndarray]:
     """What our graphs compute of the authors' features, when each step is fed the authors' token before it."""
-    bundle = open_bundle(folder)
-    specs = {spec.name: spec for spec in bundle.manifest.contracts}
-    entries = {name: bundle.graph(name, LOWERING, "fp32") for name in GRAPH_NAMES}
-    sessions = {name: open_session(bundle, entry, threads=2) for name, entry in entries.items()}
-
-    def call(name: str, *inputs: np.ndarray) -> list[np.ndarray]:
-        return sessions[name].run(specs[name].output_names, dict(zip(specs[name].input_names, inputs, strict=True)))
-
+    call = open_graphs(folder)
     tokens = case.answer["tokens"]  # [segments, channels, steps]
     states = call("encoder", case.answer["features"])[0]
     cross = call("cross_kv", states.reshape(-1, *states.shape[2:]))

@@ -14,7 +14,8 @@ SLOTS = {"cpu": 8}  # of a single-channel model: more rows a step gain little an
 # end at once from holding up the long ones: with 10 of 13 channels empty, 8 segments decode in 0.6 s instead of 0.9.
 SEGMENTS = {"cpu": 4}
 ENCODE_GROUP = 4  # segments; larger groups are no faster on a CPU and hold up the first note
-CONVOLVED_GROUP = 1  # through the convolutions of YourMT3 a segment takes 240 MB, and a group is no faster
+CONVOLVED_GROUP = 1  # through the convolutions of YourMT3 a group is no faster
+CONVOLVED_BYTES = 240 * 2**20  # of one segment on its way through them
 
 
 def default_slots(manifest: Manifest, device: str = "cpu") -> int:
@@ -25,4 +26,13 @@ def default_slots(manifest: Manifest, device: str = "cpu") -> int:
 
 def encode_group(manifest: Manifest) -> int:
     """Segments encoded in one call."""
-    return CONVOLVED_GROUP if manifest.features.frontend == "yourmt3_spectrum" else ENCODE_GROUP
+    return CONVOLVED_GROUP if _is_convolved(manifest) else ENCODE_GROUP
+
+
+def encode_bytes(manifest: Manifest) -> int:
+    """Memory of one call of the encoder, as far as it is beyond that of weights and caches."""
+    return CONVOLVED_GROUP * CONVOLVED_BYTES if _is_convolved(manifest) else 0
+
+
+def _is_convolved(manifest: Manifest) -> bool:
+    return manifest.features.frontend == "yourmt3_spectrum"

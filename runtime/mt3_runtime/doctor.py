@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from mt3_runtime.bundle import open_bundle
-from mt3_runtime.devices import default_slots
+from mt3_runtime.devices import default_slots, encode_bytes
 from mt3_runtime.errors import Mt3Error
 from mt3_runtime.machine import MIB, ROOT, Machine, describe_machine, package_versions
 from mt3_runtime.version import __version__
@@ -37,7 +37,6 @@ INSTALL_CPU, INSTALL_CUDA = 'pip install "mt3-runtime[cpu]"', 'pip install "mt3-
 PROCESS_BYTES = 100 * MIB
 # Peak growth per byte, measured with ONNX Runtime 1.31: 1.2 for weights (repacked), 1.4 for caches (activations).
 HEADROOM = 1.5
-CONVOLVED_BYTES = 240 * MIB  # of one segment on its way through the convolutions of YourMT3
 
 # One Identity node on one float, opset 13: the smallest graph that makes a provider load its libraries.
 PROBE_GRAPH = bytes.fromhex(
@@ -269,8 +268,7 @@ def memory_needed(bundle: Bundle, slots: int | None = None) -> int:
     loaded = {name for entry in manifest.graphs if entry.lowering == "ort" for name in (entry.file, entry.weights)}
     weights = sum(manifest.files[name].size for name in loaded)
     count = default_slots(manifest) if slots is None else slots
-    encoding = CONVOLVED_BYTES if manifest.features.frontend == "yourmt3_spectrum" else 0
-    return PROCESS_BYTES + encoding + round(HEADROOM * (weights + count * cache))
+    return PROCESS_BYTES + encode_bytes(manifest) + round(HEADROOM * (weights + count * cache))
 
 
 def _check_cuda(engine: Engine, *, nvidia: bool, reinstall: str) -> Finding:

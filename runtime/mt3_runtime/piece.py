@@ -17,9 +17,8 @@ from mt3_runtime.errors import OptionError
 from mt3_runtime.midi import midi_warnings
 from mt3_runtime.note_decoding import SegmentTokens
 from mt3_runtime.notes import sort_notes
-from mt3_runtime.segments import iter_segments, segment_count
+from mt3_runtime.segments import iter_segments, segment_count, stream_segments
 from mt3_runtime.stopwatch import Stopwatch
-from mt3_runtime.streaming import stream_segments
 from mt3_runtime.transcription import Provenance, SegmentNotes, Transcription
 from mt3_runtime.unfinished import Unfinished
 from mt3_runtime.version import __version__

@@ -14,7 +14,7 @@ import numpy as np
 from mt3_runtime.errors import AudioError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -86,28 +86,56 @@ def iter_segments(audio: NDArray[np.float32], features: FeatureSpec, vocabulary:
         raise AudioError(
             f"audio is {audio.dtype} of shape {audio.shape}, not one row of float32: use prepare_audio first"
         )
-    return _cut(audio, features, vocabulary)
+    return stream_segments((audio,), features, vocabulary)
 
 
-def _cut(audio: NDArray[np.float32], features: FeatureSpec, vocabulary: VocabularySpec) -> Iterator[Segment]:
-    count = segment_count(len(audio), features)
+def stream_segments(
+    blocks: Iterable[NDArray[np.float32]], features: FeatureSpec, vocabulary: VocabularySpec
+) -> Iterator[Segment]:
+    """Cut audio as `iter_segments` does, while it is read, within the memory of one block.
+
+    A segment goes out when more samples have come than it holds, the last ones when the blocks are at their end: an
+    error at the end of a file is raised before its last segment.
+
+    Args:
+        blocks: [samples] at `features.sample_rate`, of any lengths; segments are views of them where they can be.
+        features: hop and segment length.
+        vocabulary: the grid of start times.
+
+    Returns:
+        An iterator over at least one segment, in order of time.
+    """
     size = features.segment_samples
-    for index in range(count):
-        samples = audio[index * size : (index + 1) * size]
-        if len(samples) < size:
-            samples = np.concatenate([samples, np.zeros(size - len(samples), np.float32)])
-        samples.flags.writeable = False
-        is_last = index == count - 1
+    rest, index = np.empty(0, np.float32), 0
+    for block in blocks:
+        rest = np.concatenate([rest, block]) if rest.size else block
+        while len(rest) > size:
+            yield Segment(
+                index=index,
+                samples=_frozen(rest[:size]),
+                frames=features.segment_frames,
+                start=segment_start(index, features, vocabulary),
+                max_time=segment_start(index + 1, features, vocabulary),
+            )
+            rest, index = rest[size:], index + 1
+    samples = index * size + len(rest)
+    for last in range(index, count := segment_count(samples, features)):
         yield Segment(
-            index=index,
-            samples=samples,
-            frames=real_frames(index, len(audio), features),
-            start=segment_start(index, features, vocabulary),
-            max_time=None if is_last else segment_start(index + 1, features, vocabulary),
+            index=last,
+            samples=_frozen(np.concatenate([rest, np.zeros(size - len(rest), np.float32)])),
+            frames=_real_frames(last, samples, features),
+            start=segment_start(last, features, vocabulary),
+            max_time=None if last == count - 1 else segment_start(last + 1, features, vocabulary),
         )
+        rest = rest[:0]  # a segment of zeros may follow
 
 
-def real_frames(index: int, samples: int, features: FeatureSpec) -> int:
+def _frozen(samples: NDArray[np.float32]) -> NDArray[np.float32]:
+    samples.flags.writeable = False
+    return samples
+
+
+def _real_frames(index: int, samples: int, features: FeatureSpec) -> int:
     """Centred frames all see the reflected end of their segment: none of them is padding."""
     if features.centred:
         return features.segment_frames

@@ -15,6 +15,7 @@ from mt3_runtime.bundle import open_bundle
 from mt3_runtime.graphs import GRAPH_NAMES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from mt3_export.checkpoint import Checkpoint
@@ -25,8 +26,8 @@ NEAR_TIE = 1e-4  # between the best two logits, whose standard deviation is abou
 UNWRITTEN = 1e4  # fills the cache, so that a step that reads ahead shows
 
 
-def run_graphs(folder: Path, features: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """States [segments, frames, d_model] and logits [steps, segments, vocab] when each step is fed `tokens`."""
+def open_graphs(folder: Path) -> Callable[..., list[np.ndarray]]:
+    """A function of a graph's name and its inputs, in order, that gives its outputs."""
     bundle = open_bundle(folder)
     specs = {spec.name: spec for spec in bundle.manifest.contracts}
     entries = {name: bundle.graph(name, LOWERING, "fp32") for name in GRAPH_NAMES}
@@ -35,6 +36,12 @@ def run_graphs(folder: Path, features: np.ndarray, tokens: np.ndarray) -> tuple[
     def call(name: str, *inputs: np.ndarray) -> list[np.ndarray]:
         return sessions[name].run(specs[name].output_names, dict(zip(specs[name].input_names, inputs, strict=True)))
 
+    return call
+
+
+def run_graphs(folder: Path, features: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """States [segments, frames, d_model] and logits [steps, segments, vocab] when each step is fed `tokens`."""
+    call = open_graphs(folder)
     states = call("encoder", features)[0][:, 0]
     cross = call("cross_kv", states)
     rows, heads, _, width = cross[0].shape
