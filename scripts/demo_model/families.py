@@ -80,7 +80,7 @@ class Family:
 
 FAMILIES = (
     Family(
-        "piano", 0, 36, 91, chords=0.5, slope=(1.2, 1.6), attack=(0.003, 0.006), decay=(1.0, 2.2),
+        "piano", 0, 40, 88, chords=0.5, slope=(1.2, 1.6), attack=(0.003, 0.006), decay=(1.0, 2.2),
         stretch=(1e-4, 5e-4), noise=(0.0, 0.04), release=(0.08, 0.14),
     ),
     Family("organ", 16, 40, 84, chords=0.5, slope=(1.0, 1.0), attack=(0.008, 0.015), stops=8),
@@ -88,7 +88,7 @@ FAMILIES = (
         "guitar", 24, 40, 79, chords=0.4, slope=(0.9, 1.2), attack=(0.002, 0.004), decay=(2.0, 3.2),
         damping=(0.6, 0.8), pluck=(0.12, 0.25), noise=(0.0, 0.02),
     ),
-    Family("bass", 33, 28, 52, chords=0.0, slope=(1.0, 1.4), attack=(0.004, 0.008), decay=(0.8, 1.6)),
+    Family("bass", 33, 33, 55, chords=0.0, slope=(1.0, 1.4), attack=(0.004, 0.008), decay=(0.8, 1.6)),
     Family(
         "strings", 48, 45, 88, chords=0.4, slope=(1.0, 1.3), attack=(0.03, 0.06), spread=(0.0, 8.0),
         vibrato=(0.001, 0.003), release=(0.09, 0.16),

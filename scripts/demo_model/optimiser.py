@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 MATRICES, OTHERS = 0.005, 0.00125  # peak learning rates; at twice as much, learning stops after 500 steps
 WARM_UP = 50  # steps
-SLOWED = 400  # step after which the rate falls with the root of the number of steps
+SLOWED = 250  # step after which the rate falls with the root of the number of steps
 ANNEALED = 0.4  # last share of all steps, over which the rate falls to nothing
 
 

@@ -11,7 +11,7 @@ from demo_model.synthesis import RATE, Wave
 if TYPE_CHECKING:
     from numpy.random import Generator
 
-_DRY = 0.4  # share of the clips without reverberation
+_DRY = 0.5  # share of the clips without reverberation
 
 
 def record(mix: Wave, rng: Generator) -> Wave:
@@ -19,7 +19,7 @@ def record(mix: Wave, rng: Generator) -> Wave:
     wave = _filter(mix, _impulse_response(rng), tilt=float(rng.uniform(-2.0, 2.0)))
     peak = float(np.abs(wave).max())
     level = 10.0 ** (rng.uniform(-16.0, -1.0) / 20.0)
-    noise = 10.0 ** (rng.uniform(-75.0, -45.0) / 20.0)
+    noise = 10.0 ** (rng.uniform(-75.0, -50.0) / 20.0)
     hiss = rng.standard_normal(len(wave), dtype=np.float32)
     scaled = wave * np.float32(level / peak if peak > 0 else 0.0) + np.float32(noise * level) * hiss
     return np.clip(scaled, -1.0, 1.0)
@@ -28,8 +28,8 @@ def record(mix: Wave, rng: Generator) -> Wave:
 def _impulse_response(rng: Generator) -> Wave:
     if rng.random() < _DRY:
         return np.ones(1, np.float32)
-    reverberation = float(rng.uniform(0.15, 0.5))  # seconds to -60 dB
-    wet = 10.0 ** (rng.uniform(-20.0, -9.0) / 20.0)
+    reverberation = float(rng.uniform(0.15, 0.4))  # seconds to -60 dB
+    wet = 10.0 ** (rng.uniform(-20.0, -12.0) / 20.0)
     seconds = np.arange(round(0.8 * reverberation * RATE)) / RATE
     tail = rng.standard_normal(seconds.size) * np.exp(-6.9 * seconds / reverberation)
     tail[: RATE // 200] = 0.0  # nothing is reflected in the first 5 ms

@@ -60,8 +60,12 @@ def compose(kind: Kind, seconds: float, rng: Generator) -> list[Note]:
     grid = _draw_grid(seconds, rng)
     usable = [f for f in FAMILIES if not kind.narrow or min(f.high, NARROW[1]) - max(f.low, NARROW[0]) >= 12]
     notes: list[Note] = []
+    chordal = False  # one voice of a clip plays chords, if any; the others play lines
     for index in rng.choice(len(usable), kind.voices, replace=False):
-        notes += _without_unisons(_play_voice(usable[index], grid, kind, rng), notes)
+        family = usable[index]
+        chordal_voice = not (kind.narrow or chordal) and bool(rng.random() < family.chords)
+        chordal |= chordal_voice
+        notes += _without_unisons(_play_voice(family, grid, kind, rng, chordal=chordal_voice), notes)
     if kind.drums:
         notes += _play_drums(grid, rng)
     return sort_notes(note for note in (_cut(note, seconds) for note in notes) if note)
@@ -79,10 +83,9 @@ def _draw_grid(seconds: float, rng: Generator) -> Grid:
     return Grid(times, fine=unit >= 0.26, scale=scale)
 
 
-def _play_voice(family: Family, grid: Grid, kind: Kind, rng: Generator) -> list[Note]:
+def _play_voice(family: Family, grid: Grid, kind: Kind, rng: Generator, *, chordal: bool) -> list[Note]:
     low, high = (max(family.low, NARROW[0]), min(family.high, NARROW[1])) if kind.narrow else (family.low, family.high)
     pitches = grid.scale[(grid.scale >= low) & (grid.scale <= high)]
-    chordal = not kind.narrow and bool(rng.random() < family.chords)
     lengths, weights = _rhythm(chordal=chordal, fine=grid.fine)
     touch, rest = _draw_touch(family, rng), float(rng.uniform(0.0, 0.25))
     loudness = int(rng.integers(60, 112))
@@ -131,10 +134,10 @@ def _move(place: int, count: int, rng: Generator) -> int:
 
 
 def _chord(pitches: NDArray[np.int64], place: int, rng: Generator) -> list[int]:
-    """Two to four notes upwards from `place`, at least a whole tone apart."""
+    """Two or three notes upwards from `place`, thirds to fifths apart."""
     chosen = [int(pitches[place])]
-    for _ in range(int(rng.integers(1, 4))):
-        above = pitches[(pitches >= chosen[-1] + 2) & (pitches <= chosen[-1] + 7)]
+    for _ in range(int(rng.integers(1, 3))):
+        above = pitches[(pitches >= chosen[-1] + 3) & (pitches <= chosen[-1] + 7)]
         if above.size:
             chosen.append(int(rng.choice(above)))
     return chosen
