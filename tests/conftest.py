@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from bundle_cases import seal
+from memory_cases import CONTEXT, PREFIX_MEMORY, export_with, memory_checkpoint
 from mt3_export.bundle_writer import export_bundle
 from mt3_export.checkpoint import Checkpoint
 from mt3_export.random_weights import random_tensors
@@ -60,6 +61,39 @@ def musical_folder(tiny_folder, tmp_path_factory):
     manifest["vocabulary"] |= {"max_shift_steps": 10, "velocity_bins": 718}
     (folder / "manifest.json").write_bytes(seal(manifest))
     return folder
+
+
+@pytest.fixture(scope="session")
+def context_checkpoint():
+    """The tiny network with a memory behind its encoder states."""
+    return memory_checkpoint(TINY_MODEL, CONTEXT)
+
+
+@pytest.fixture(scope="session")
+def context_folder(tiny_folder, context_checkpoint, tmp_path_factory):
+    return export_with(context_checkpoint, tmp_path_factory.mktemp("bundles") / "context", {"encoder": tiny_folder})
+
+
+@pytest.fixture(scope="session")
+def context_bundle(context_folder):
+    return open_bundle(context_folder)
+
+
+@pytest.fixture(scope="session")
+def prefix_checkpoint():
+    """The tiny network with a memory before its tokens."""
+    return memory_checkpoint(TINY_MODEL, PREFIX_MEMORY)
+
+
+@pytest.fixture(scope="session")
+def prefix_folder(tiny_folder, context_folder, prefix_checkpoint, tmp_path_factory):
+    stored = {"memory": context_folder} | dict.fromkeys(("encoder", "cross_kv", "decode_step"), tiny_folder)
+    return export_with(prefix_checkpoint, tmp_path_factory.mktemp("bundles") / "prefix", stored)
+
+
+@pytest.fixture(scope="session")
+def prefix_bundle(prefix_folder):
+    return open_bundle(prefix_folder)
 
 
 @pytest.fixture(scope="session")

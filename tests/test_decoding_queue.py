@@ -138,7 +138,7 @@ def timed(monkeypatch):
             return slow
 
         backend.step = costs(lambda tokens, _: 1 + len(tokens), backend.step)
-        backend.admit = costs(lambda _, states: 8 * len(states), backend.admit)
+        backend.admit = costs(lambda _, states, __: 8 * len(states), backend.admit)
         backend.move = costs(lambda *_: 0.5, backend.move)
         return backend, lambda: now
 

@@ -47,8 +47,8 @@ ONE = torch.ones(1)
         (b"not weights at all, but long enough to be", "is neither a torch file nor safetensors"),
         (lightning(**{"model.proj.weight": ONE}), "is a Lightning checkpoint"),
         (torch_bytes({"model.encoder.block.0.layer.0.SelfAttention.q.weight": ONE}), "is a Lightning checkpoint"),
-        (lightning(**{"model.segmem_proj.weight": ONE}), "is MR-MT3 with memory"),
-        (torch_bytes({"segmem_encoder.final_layer_norm.weight": ONE}), "is MR-MT3 with memory"),
+        (lightning(**{"model.segmem_proj.weight": ONE}), "is an MR-MT3 checkpoint with memory"),
+        (torch_bytes({"segmem_encoder.final_layer_norm.weight": ONE}), "is an MR-MT3 checkpoint with memory"),
         (lightning(**{"encoder.latent_array.latents": ONE}), "is a YourMT3 checkpoint"),
         (
             torch_bytes({"encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": ONE}),
@@ -68,10 +68,9 @@ def test_other_files_are_named_and_refused(tmp_path, data, words):
     assert words in refusal(tmp_path, data)
 
 
-@pytest.mark.parametrize("model", ["mt3", "yptf-multi"])
-@pytest.mark.parametrize("key", ["segmem_encoder.weight", "shared.weight"])
-def test_the_model_that_was_asked_for_is_the_one_to_use(tmp_path, model, key):
-    assert refusal(tmp_path, {key: ONE}, model=model).endswith(f": use {model} weights")
+@pytest.mark.parametrize("model", ["mt3", "mr-mt3", "yptf-multi"])
+def test_the_model_that_was_asked_for_is_the_one_to_use(tmp_path, model):
+    assert refusal(tmp_path, {"shared.weight": ONE}, model=model).endswith(f": use {model} weights")
 
 
 def test_archives_that_torch_did_not_write_are_refused(tmp_path):

@@ -22,11 +22,12 @@ from mt3_runtime.manifest import (
     read_manifest,
     write_manifest,
 )
-from mt3_runtime.specs import FeatureSpec, ModelSpec, VocabularySpec
+from mt3_runtime.specs import FeatureSpec, MemorySpec, ModelSpec, VocabularySpec
 
 MODEL = ModelSpec("mt3", "tiny", 32, 2, 16, 48, 2, 1, 1536, 255, 96, 0, 1)
 MT3 = ModelSpec("mt3", "mt3", 512, 6, 64, 1024, 8, 8, 1536, 255, 1024, 0, 1)
 FEATURES = FeatureSpec("ddsp", mel_norm=False)
+MEMORY = MemorySpec("context", length=4, span=96, fill_token=0, first_tokens=(1134, 1))
 TOOLS = {"torch": "2.13.0+cpu", "onnxscript": "0.7.2", "onnx_ir": "1.1.0"}
 
 
@@ -42,7 +43,7 @@ def make(model: ModelSpec = MODEL, precisions: tuple[str, ...] = ("fp32",), noti
         files[weights] = FileRecord(10**9, hashlib.sha256(weights.encode()).hexdigest())
     return Manifest(
         format="mt3-runtime-bundle",
-        version=2,
+        version=3,
         model=model,
         features=FEATURES,
         vocabulary=VocabularySpec(),
@@ -145,10 +146,10 @@ def test_what_is_no_object_is_refused(text):
     assert "is not of a mt3-runtime-bundle" in refusal(read_manifest, text)
 
 
-@pytest.mark.parametrize("value", [1, 3, 0, -1, True, 2.0, "2", None, [1], 10**30, {"a": [[[]]]}])
+@pytest.mark.parametrize("value", [1, 2, 4, 0, -1, True, 3.0, "3", None, [1], 10**30, {"a": [[[]]]}])
 def test_another_version_is_refused_whatever_else_it_holds(value):
     future = seal({"format": "mt3-runtime-bundle", "version": value, "something": "new"})
-    assert "but this runtime reads 2: export it" in refusal(read_manifest, future)
+    assert "but this runtime reads 3: export it" in refusal(read_manifest, future)
 
 
 @pytest.mark.parametrize("path", OTHER_LEAVES, ids=lambda path: ".".join(map(str, path)))
@@ -257,6 +258,61 @@ def test_sizes_that_agree_but_fit_no_machine_are_refused(model, features, vocabu
 def test_the_largest_models_of_the_family_fit():
     large = replace(MT3, d_model=1024, num_heads=16, d_ff=4096, encoder_layers=24, decoder_layers=24)
     assert read_manifest(write_manifest(consistent(large, FEATURES, VocabularySpec()))).model == large
+
+
+@pytest.mark.parametrize("injection", ["context", "prefix"])
+def test_a_memory_is_read_back_and_brings_graphs(injection):
+    model = replace(MODEL, memory=replace(MEMORY, injection=injection))
+    text = write_manifest(make(model))
+    manifest = read_manifest(text)
+    assert manifest == make(model)
+    shapes = {spec.name: [tensor.shape for tensor in spec.inputs] for spec in manifest.contracts}
+    behind = 4 if injection == "context" else 0
+    assert list(shapes) == ["encoder", "memory", "cross_kv", *["prefix"] * (not behind), "decode_step"]
+    assert shapes["cross_kv"][1:] == ([("rows", 4, 32)] if behind else [])
+    assert ("rows", 2, 256 + behind, 16) in shapes["decode_step"]
+    assert (model.extra_context, model.prefix_length, model.positions) == (behind, 4 - behind, 100 - behind)
+
+
+MEMORY_DATA = json.loads(write_manifest(make(replace(MODEL, memory=MEMORY))))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("injection", "suffix"),
+        ("length", 0),
+        ("length", 97),
+        ("length", 5),  # other graphs
+        ("span", 3),
+        ("span", 2**20 + 1),
+        ("fill_token", -1),
+        ("fill_token", 1536),
+        ("first_tokens", [1134, 1536]),
+        ("first_tokens", [True]),
+        ("first_tokens", [1] * 97),
+        ("first_tokens", 1),
+        ("extra", 1),
+    ],
+)
+def test_a_memory_that_cannot_be_is_refused(name, value):
+    refusal(read_manifest, seal(changed(MEMORY_DATA, ("model", "memory", name), value)))
+
+
+@pytest.mark.parametrize("value", [1, [], "x", {}, {"length": 4}])
+def test_a_memory_is_one_or_none(value):
+    refusal(read_manifest, seal(changed(DATA, ("model", "memory"), value)))
+
+
+def test_a_memory_of_several_channels_is_refused():
+    with pytest.raises(BundleError, match="several channels"):
+        replace(MODEL, memory=MEMORY, channels=13)
+
+
+def test_a_memory_that_fits_no_machine_is_refused():
+    for memory in (replace(MEMORY, span=2**20), replace(MEMORY, length=2**20, span=2**20)):
+        model = replace(MODEL, d_model=1024, max_length=1024, memory=memory)
+        refusal(consistent, model, FEATURES, VocabularySpec())
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def test_the_whole_cache_can_be_used(backend, states):
 
 @pytest.mark.parametrize("sizes", [{"slots": 0}, {"slots": -1}, {"length": 0}, {"length": -5}, {"length": 97}])
 def test_sizes_that_hold_no_row_or_that_the_model_has_no_positions_for_are_refused(tiny_bundle, sizes):
-    with pytest.raises(OptionError, match="give 1 or more slots, and 1 to 96 positions"):
+    with pytest.raises(OptionError, match="give 1 or more slots, and 1 to 96 tokens"):
         OrtBackend(tiny_bundle, **{"slots": 2, **sizes})
 
 

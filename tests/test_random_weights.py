@@ -10,7 +10,10 @@ from mt3_export.checkpoint import load_checkpoint
 from mt3_export.random_weights import random_tensors
 from mt3_export.state import expected_shapes
 from mt3_runtime.errors import CheckpointError
+from mt3_runtime.specs import MemorySpec
 from states import MT3, TINY, same
+
+MEMORY = MemorySpec("context", 8, 64, 0, (34, 1))
 
 
 def test_random_weights_are_the_same_bits_everywhere():
@@ -19,6 +22,22 @@ def test_random_weights_are_the_same_bits_everywhere():
     assert not torch.equal(tensors["lm_head.weight"], random_tensors(TINY, 8)["lm_head.weight"])
     digest = hashlib.sha256(b"".join(tensor.numpy().astype("<f4").tobytes() for tensor in tensors.values()))
     assert digest.hexdigest() == "ccc34b897b62334a449e5f24f461530c6f8ead1ab00f18223ab50a5236f2e9c4"
+
+
+def test_a_memory_adds_to_random_weights_and_changes_none():
+    plain, told = random_tensors(TINY, 7), random_tensors(replace(TINY, memory=MEMORY), 7)
+    added = {key: tensor for key, tensor in told.items() if key not in plain}
+    assert same({key: told[key] for key in plain}, plain)
+    assert list(told) == [*plain, *added]
+    assert added.pop("segmem_proj.weight").shape == (TINY.d_model, TINY.d_model)
+    encoder = {key.removeprefix("segmem_"): tuple(tensor.shape) for key, tensor in added.items()}
+    one_layer = expected_shapes(replace(TINY, encoder_layers=1))
+    assert encoder == {key: shape for key, shape in one_layer.items() if key.startswith("encoder.")}
+    # As any encoder block is drawn: matrices by what goes into them, norms about 1.
+    assert added["segmem_encoder.block.0.layer.1.DenseReluDense.wo.weight"].std().item() == pytest.approx(
+        24**-0.5, rel=0.2
+    )
+    assert added["segmem_encoder.final_layer_norm.weight"].mean().item() == pytest.approx(1.0, abs=0.05)
 
 
 def test_random_weights_follow_the_published_generator():

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from mt3_runtime import piece, stopwatch, transcriber
+from mt3_runtime import reading, stopwatch, transcriber
 from mt3_runtime.backends.scripted import Admitted, ScriptedBackend, Stepped
 from mt3_runtime.note_decoding import NoteDecoder
 from mt3_runtime.stopwatch import Stopwatch
@@ -157,7 +157,7 @@ def test_a_transcription_counts_every_second_once_and_in_its_stage(sleep, tiny_b
     backend = ScriptedBackend(scripts, slots=2, length=96)
     busy = transcriber.Transcriber(tiny_bundle, backend, name="scripts")
     busy.extractor = costs(3, busy.extractor)
-    monkeypatch.setattr(piece, "prepare_audio", costs(7, piece.prepare_audio))
+    monkeypatch.setattr(reading, "prepare_audio", costs(7, reading.prepare_audio))
     monkeypatch.setattr(NoteDecoder, "decode_segment", costs(0.25, NoteDecoder.decode_segment))
     for name, seconds in {"encode": 16, "admit": 0.5, "step": 1}.items():
         monkeypatch.setattr(backend, name, costs(seconds, getattr(backend, name)))

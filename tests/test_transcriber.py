@@ -19,6 +19,7 @@ from mt3_runtime.loading import load
 from mt3_runtime.midi import midi_warnings
 from mt3_runtime.notes import sort_notes
 from mt3_runtime.piece import Piece
+from mt3_runtime.reading import rows_of
 from mt3_runtime.transcriber import Transcriber
 from mt3_runtime.unfinished import ranges
 from scripted_audio import LIMIT, RATE, SEGMENT, chords, scripted, silence
@@ -274,7 +275,7 @@ def test_a_rate_belongs_to_samples_and_not_to_a_file(tiny_bundle, tmp_path):
 
 def test_a_row_keeps_no_states_but_its_own(tiny_bundle):
     busy = scripted(tiny_bundle, *[HELD] * 9)
-    rows = list(Piece(busy, silence(9), RATE).rows())
+    rows = list(rows_of(Piece(busy), silence(9), RATE))
     assert [row.key for row in rows] == [(0, segment, 0) for segment in range(9)]
     assert all(row.states.base is None for row in rows)
 

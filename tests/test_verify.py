@@ -19,11 +19,10 @@ from mt3_export.checkpoint import Checkpoint
 from mt3_export.lowering import Eager
 from mt3_export.network import build_modules
 from mt3_export.random_weights import random_tensors
+from mt3_export.reference import Comparison, Reference
 from mt3_export.verify import (
     GraphReport,
     Routing,
-    _Comparison,
-    _Reference,
     chord_features,
     decided_features,
     verify_bundle,
@@ -211,7 +210,7 @@ def test_features_are_music(tiny_bundle):
 
 
 def test_errors_are_the_worst_of_all_arrays():
-    compare = _Comparison()
+    compare = Comparison()
     compare.arrays(np.array([[3.0, 4.5]], np.float32), np.array([[3.0, 4.0]]))
     compare.arrays(np.array([[1000.0, 1.0]], np.float32), np.array([[1000.0, 0.0]]))
     assert compare.largest == 1.0
@@ -221,7 +220,7 @@ def test_errors_are_the_worst_of_all_arrays():
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("when", [0, 1, 2])
 def test_what_is_not_finite_is_never_forgotten(value, when):
-    compare = _Comparison()
+    compare = Comparison()
     for i in range(3):
         found = np.ones((2, 4), np.float32)
         found[1, 2] = value if i == when else 1
@@ -238,7 +237,7 @@ def test_what_is_not_finite_is_never_forgotten(value, when):
 )
 def test_shapes_are_compared_before_numbers(found, wanted):
     with pytest.raises(BundleError, match=r"a graph gives .*: export the bundle again"):
-        _Comparison().arrays(np.ones(found, np.float32), np.ones(wanted))
+        Comparison().arrays(np.ones(found, np.float32), np.ones(wanted))
 
 
 def test_near_ties_are_counted_apart():
@@ -253,7 +252,7 @@ def test_near_ties_are_counted_apart():
             [5.0, 5.0, 0.0],  # equal: the second was chosen
         ]
     )
-    compare = _Comparison()
+    compare = Comparison()
     compare.step(np.array([0, 1, 1, 1, 2, 1]), (wanted + 0.25).astype(np.float32), wanted)
     assert compare.counts == [6, 1, 3]
     compare.step(np.array([0] * 6), wanted.astype(np.float32), wanted)
@@ -262,7 +261,7 @@ def test_near_ties_are_counted_apart():
 
 def test_without_an_error_there_are_no_ties():
     wanted = np.array([[1.0, 1.0 - 1e-7, 0.0]])
-    compare = _Comparison()
+    compare = Comparison()
     compare.step(np.array([1]), wanted, wanted)
     assert compare.counts == [1, 0, 0]
 
@@ -270,7 +269,7 @@ def test_without_an_error_there_are_no_ties():
 def test_log_probabilities_are_measured_against_the_logits():
     logits = np.array([[10.0, 0.0, 0.0], [1.0, 2.0, 3.0]], np.float32)
     exact = np.array([-np.log(1 + 2 * np.exp(-10)), -np.log(1 + np.exp(-1) + np.exp(-2))])
-    compare = _Comparison()
+    compare = Comparison()
     compare.log_prob(exact, logits)
     assert compare.relative < 1e-12
     compare.log_prob(exact + np.array([0.0, 0.01]), logits)
@@ -310,7 +309,9 @@ def test_every_channel_counts(change):
     assert features.shape == (2, 17, 1024)
     assert (features.min(), features.max()) == (0.0, pytest.approx(1, abs=0.01))
     parts = checkpoint.model, checkpoint.features
-    reference = _Reference(build_modules(*parts, checkpoint.tensors, Eager(), checkpoint.design), features, 5, 0)
+    reference = Reference(
+        build_modules(*parts, checkpoint.tensors, Eager(), checkpoint.design), features, 5, checkpoint.model
+    )
     key = "decoder.block.1.layer.1.EncDecAttention.o.weight"
     tensors = checkpoint.tensors | {key: checkpoint.tensors[key] * (1 + change)}
     modules = build_modules(*parts, tensors, Eager(), checkpoint.design)
@@ -321,7 +322,7 @@ def test_every_channel_counts(change):
                 outputs = module(*map(torch.from_numpy, inputs))
             return [output.numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
-        compare = _Comparison()
+        compare = Comparison()
         reference.run(graph, runner, compare)
         assert (compare.relative > 1e-5) == (graph == "decode_step" and change > 0)
         assert compare.relative < 1e-2

@@ -152,7 +152,7 @@ def test_files_of_mt3_are_refused_as_yourmt3(tmp_path):
     assert refusal(tmp_path, port_state(), model=MULTI).endswith(
         "is an MT3 checkpoint, not yptf-multi: give --model mt3"
     )
-    with pytest.raises(OptionError, match="there is no model 'yptf': use one of mt3, ymt3plus, yptf-single"):
+    with pytest.raises(OptionError, match="there is no model 'yptf': use one of mt3, mr-mt3, mr-mt3-v2"):
         load(tmp_path, port_state(), model="yptf")
 
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import stat
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from mt3_export.mr_mt3 import VARIANTS
+from mt3_export.mr_mt3_checkpoint import random_mr_mt3, read_mr_mt3
+from mt3_export.mt3_specs import check_d_kv, mt3_specs
 from mt3_export.published import PUBLISHED, recognise
 from mt3_export.random_weights import random_tensors
-from mt3_export.settings import Settings, check_options, from_row, resolve
-from mt3_export.state import MT3_SIZES, Sizes, check_shapes, drop_copies, infer_sizes, printable, widen
+from mt3_export.settings import FAMILY, Settings, check_options, from_row, resolve
+from mt3_export.state import MT3_SIZES, check_shapes, drop_copies, infer_sizes, printable, widen
 from mt3_export.stored import read_state
 from mt3_export.yourmt3_checkpoint import random_yourmt3, read_yourmt3
 from mt3_export.yourmt3_models import MODELS
 from mt3_export.yourmt3_settings import refuse_other_options
-from mt3_runtime.errors import BundleError, CheckpointError, OptionError
-from mt3_runtime.specs import FeatureSpec, ModelSpec
+from mt3_runtime.errors import CheckpointError, OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,8 +30,9 @@ if TYPE_CHECKING:
     from mt3_export.published import PublishedCheckpoint
     from mt3_export.settings import Setting
     from mt3_export.stored import StoredState
+    from mt3_runtime.specs import FeatureSpec, ModelSpec
 
-MODEL_NAMES = ("mt3", *MODELS)
+MODEL_NAMES = (*FAMILY, *MODELS)
 RANDOM_PREFIX = "random:"
 _LARGEST_FILE = 2**31  # bytes; the largest published file of the family is a third of it
 
@@ -38,9 +41,10 @@ _LARGEST_FILE = 2**31  # bytes; the largest published file of the family is a th
 class Checkpoint:
     """A network ready to be exported.
 
-    `tensors`: exactly the keys and shapes of `expected_shapes`, of `state` for mt3 and of `yourmt3_layout` for YourMT3,
-    float32 and finite. `source`: the file's name, or `random:SEED`. `sha256`: of the file; None for random weights.
-    `warnings`: what was assumed or converted. `design`: of a PerceiverTF encoder, None where the encoder is T5's.
+    `tensors`: exactly the keys and shapes of `expected_shapes`, of `state` for MT3 and MR-MT3, of `yourmt3_layout` for
+    YourMT3, float32 and finite. `source`: the file's name, or `random:SEED`. `sha256`: of the file; None for random
+    weights. `warnings`: what was assumed or converted. `design`: of a PerceiverTF encoder, None where the encoder is
+    T5's.
     """
 
     model: ModelSpec
@@ -61,8 +65,9 @@ def load_checkpoint(
     position_base: int | None = None,
     num_heads: int | None = None,
     max_length: int | None = None,
+    memory_length: int | None = None,
 ) -> Checkpoint:
-    """Read a torch state dict, a Lightning file of YourMT3 or a safetensors file, or draw random weights of full size.
+    """Read a torch state dict, a Lightning file of YourMT3 or MR-MT3 or a safetensors file, or draw random weights.
 
     Nothing in a file is ever executed. A published file is recognised by its hash and takes its settings from the
     table; a safetensors file carries them as metadata. Arguments win over both, which is noted in `warnings`.
@@ -75,6 +80,7 @@ def load_checkpoint(
         position_base: as `ModelSpec.position_base`.
         num_heads: attention heads; shapes tell only heads * d_kv.
         max_length: longest token sequence of a segment.
+        memory_length: vectors of MR-MT3's memory, 0 for none; a published file tells by its name, others not at all.
 
     Raises:
         CheckpointError: the file cannot be read, is something else, is unsafe, or does not fit the model.
@@ -89,9 +95,12 @@ def load_checkpoint(
             "mel_norm": mel_norm,
             "position_base": position_base,
             "max_length": max_length,
+            "memory_length": memory_length,
         }
     )
-    if model != "mt3":
+    if "memory_length" in given and model not in VARIANTS:
+        raise OptionError(f"--memory-length is for MR-MT3, {model} has no memory of other segments: leave it out")
+    if model in MODELS:
         refuse_other_options(given, model)
     if isinstance(source, str) and source.startswith(RANDOM_PREFIX):
         return _random_checkpoint(source, model, given)
@@ -113,6 +122,9 @@ def _load_file(path: Path, model: str, given: Mapping[str, Setting]) -> Checkpoi
     name = row.model if row else path.stem
     if model == "mt3":
         return _mt3_checkpoint(stored, row, given, name, path.name, sha256)
+    if model in VARIANTS:
+        memory = read_mr_mt3(stored, model, path.name, given)
+        return Checkpoint(memory.model, memory.features, memory.tensors, path.name, sha256, memory.warnings)
     network = read_yourmt3(stored, model, name, given, published=row is not None)
     return Checkpoint(
         network.model, network.features, network.tensors, path.name, sha256, network.warnings, network.design
@@ -144,8 +156,8 @@ def _mt3_checkpoint(
     tensors = drop_copies(widened)
     sizes = infer_sizes(tensors)
     settings = resolve(given, row, stored.metadata, sizes)
-    model, features = _specs(name, sizes, settings)
-    _check_d_kv(model, stored.metadata or {})
+    model, features = mt3_specs(name, sizes, settings)
+    check_d_kv(model, stored.metadata or {})
     check_shapes(model, tensors)
     return Checkpoint(model, features, tensors, source, sha256, settings.warnings + conversions)
 
@@ -157,14 +169,17 @@ def _random_checkpoint(source: str, model: str, given: Mapping[str, Setting]) ->
     seed = int(text)
     label = f"{RANDOM_PREFIX}{seed}"
     warning = f"random weights (seed {seed}): for tests and timing, the notes mean nothing"
-    if model != "mt3":
+    if model in VARIANTS:
+        memory = random_mr_mt3(model, seed, given)
+        return Checkpoint(memory.model, memory.features, memory.tensors, label, None, (warning, *memory.warnings))
+    if model in MODELS:
         try:
             network = random_yourmt3(model, seed, given)
         except CheckpointError as error:
             raise CheckpointError(f"{label} {error}") from error
         return Checkpoint(network.model, network.features, network.tensors, label, None, (warning,), network.design)
     settings = Settings({**from_row(PUBLISHED["mt3"]), **given})
-    spec, features = _specs(f"random-{seed}", MT3_SIZES, settings)
+    spec, features = mt3_specs(f"random-{seed}", MT3_SIZES, settings)
     return Checkpoint(spec, features, random_tensors(spec, seed), label, None, (warning,))
 
 
@@ -188,36 +203,3 @@ def _read_bytes(path: Path) -> bytes:
             f"is larger than {_LARGEST_FILE >> 30} GiB, no checkpoint of the family is: save only the state dict"
         )
     return data
-
-
-def _specs(name: str, sizes: Sizes, settings: Settings) -> tuple[ModelSpec, FeatureSpec]:
-    values: dict[str, Any] = dict(settings.values)
-    heads, inner = values.pop("num_heads"), sizes.inner
-    features = {key: values.pop(key) for key in ("frontend", "mel_norm")}
-    if inner % heads:
-        raise CheckpointError(f"has attention of width {inner}, which {heads} heads do not divide: correct num_heads")
-    measured = asdict(sizes)
-    measured.pop("inner")
-    try:
-        model = ModelSpec(
-            family="mt3",
-            name=name,
-            num_heads=heads,
-            d_kv=inner // heads,
-            start_token=0,
-            end_token=1,
-            **measured,
-            **values,
-        )
-        return model, FeatureSpec(**features)
-    except BundleError as error:
-        raise CheckpointError(f"does not fit the family: {error}") from error
-
-
-def _check_d_kv(model: ModelSpec, metadata: Mapping[str, str]) -> None:
-    said = metadata.get("d_kv", str(model.d_kv))
-    if said != str(model.d_kv):
-        raise CheckpointError(
-            f"says d_kv {said[:100]!r} in its metadata, its shapes and {model.num_heads} heads say {model.d_kv}: "
-            "correct the metadata"
-        )

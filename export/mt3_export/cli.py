@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mt3_export.mr_mt3 import VARIANTS, models_of
 from mt3_export.published import PUBLISHED
 from mt3_export.yourmt3_models import MODELS as YOURMT3
 from mt3_runtime.cli import positive, report_errors
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mt3_export.checkpoint import Checkpoint
+    from mt3_runtime.bundle import Bundle
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001 -- argparse names it no other way
 
-MODELS = ("mt3", *YOURMT3)
+MODELS = ("mt3", *VARIANTS, *YOURMT3)
 DIFFERS = 1  # exit code of `verify` when a graph is further from torch than it may be
 
 
@@ -54,12 +56,20 @@ def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mel-norm", choices=("on", "off"), help="mt3: whether it was scaled to 0..1")
     parser.add_argument("--num-heads", type=positive, metavar="N", help="attention heads, where the file does not say")
     parser.add_argument("--max-length", type=positive, metavar="N", help="longest token sequence of a segment")
+    parser.add_argument(
+        "--memory-length",
+        type=int,
+        metavar="N",
+        help="MR-MT3: vectors of its memory, where the file's name does not say",
+    )
     parser.add_argument("--name", help="what the model is called in results (default: from the file)")
 
 
 def _add_bundle(commands: Commands) -> None:
     parser = commands.add_parser("bundle", help="checkpoint to bundle")
-    parser.add_argument("--model", required=True, choices=MODELS)
+    parser.add_argument(
+        "--model", required=True, choices=MODELS, help="what the checkpoint is (published MR-MT3: mr-mt3)"
+    )
     _add_checkpoint_options(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to create")
     parser.add_argument("--precision", choices=("fp32",), default="fp32", help="what the graphs compute in")
@@ -106,6 +116,7 @@ def _load(arguments: argparse.Namespace) -> Checkpoint:
         position_base=arguments.position_base,
         num_heads=arguments.num_heads,
         max_length=arguments.max_length,
+        memory_length=arguments.memory_length,
     )
     for warning in checkpoint.warnings:
         print(f"note: {warning}", file=sys.stderr)
@@ -135,11 +146,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     from mt3_runtime.bundle import open_bundle  # noqa: PLC0415
 
     bundle = open_bundle(arguments.bundle)
-    family = bundle.manifest.model.family
-    if (family == "mt3") != (arguments.model == "mt3"):
-        fix = "give --model mt3" if family == "mt3" else f"give --model with its name ({', '.join(YOURMT3)})"
-        raise OptionError(f"{arguments.bundle} is a bundle of family {family}, not of {arguments.model}: {fix}")
+    _check_model(bundle, arguments.model)
     checkpoint = _load(arguments)
+    _check_memory(bundle, checkpoint)
     if checkpoint.model.max_length < arguments.steps:
         raise CheckpointError(
             f"--steps {arguments.steps} is more than max_length {checkpoint.model.max_length}: ask fewer"
@@ -150,6 +159,31 @@ def _verify(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(report.to_text() for report in reports))
     return 0 if all(report.passed for report in reports) else DIFFERS
+
+
+def _check_model(bundle: Bundle, name: str) -> None:
+    """Raise OptionError for a model that cannot be in the bundle, before its weights are read."""
+    model = bundle.manifest.model
+    if (model.family == "yourmt3") != (name in YOURMT3):
+        fix = "give --model mt3" if model.family == "mt3" else f"give --model with its name ({', '.join(YOURMT3)})"
+        if model.memory:
+            fix = f"give --model {' or '.join(models_of(model.memory))}"
+        raise OptionError(f"{bundle.path} is a bundle of family {model.family}, not of {name}: {fix}")
+    # MR-MT3 of memory length 0 makes bundles without a memory too.
+    if model.memory and name not in models_of(model.memory):
+        fix = " or ".join(models_of(model.memory))
+        raise OptionError(f"{bundle.path} has a memory of other segments that is not of {name}: give --model {fix}")
+
+
+def _check_memory(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    """Raise OptionError where only the length of the memory differs: that is easily given wrong."""
+    lengths = [model.memory.length if model.memory else 0 for model in (bundle.manifest.model, checkpoint.model)]
+    if lengths[0] != lengths[1]:
+        other = "" if lengths[0] else ", or --model mt3 where it was made from that"
+        raise OptionError(
+            f"{bundle.path} has a memory of {lengths[0]} vectors, {checkpoint.source} was taken to have {lengths[1]}: "
+            f"give --memory-length {lengths[0]}{other}"
+        )
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

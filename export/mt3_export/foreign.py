@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mt3_export.mr_mt3 import VARIANTS
 from mt3_export.yourmt3_models import MODELS, identify
 from mt3_runtime.errors import CheckpointError
 
@@ -14,9 +15,8 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
 )
 
 _YOURMT3 = (b"task_manager", b"pitchshift", b"latent_array", b"additive_pe")
-# Looked for in this order: a memory checkpoint is a Lightning file too, and should be told apart.
+_MEMORY = (b"segmem_encoder.", b"segmem_proj.")
 _NAMES: tuple[tuple[tuple[bytes, ...], str], ...] = (
-    ((b"segmem_",), "is MR-MT3 with memory, not supported by this version: use {model} weights"),
     (
         (b"pytorch-lightning_version", b"model.encoder.block", b"model.decoder.block", b"model.proj.weight"),
         "is a Lightning checkpoint, not a plain state dict: save its state_dict alone, without the prefix 'model.'",
@@ -62,12 +62,23 @@ def refuse_foreign_names(names: bytes, model: str) -> None:
         CheckpointError: says which model it is.
     """
     if any(marker in names for marker in _YOURMT3):
-        if model != "mt3":
+        if model in MODELS:
             return
         found = identify(names) or tuple(MODELS)
-        raise CheckpointError(f"is a YourMT3 checkpoint, not mt3: give --model {' or '.join(found)}")
+        raise CheckpointError(f"is a YourMT3 checkpoint, not {model}: give --model {' or '.join(found)}")
+    if any(marker in names for marker in _MEMORY):
+        if model in VARIANTS:
+            return
+        first, *earlier = VARIANTS
+        raise CheckpointError(
+            f"is an MR-MT3 checkpoint with memory, not {model}: give --model {first} ({' or '.join(earlier)} for the "
+            "authors' earlier designs)"
+        )
+    is_mt3 = b"proj.weight" in names and b"encoder.block." in names
+    if is_mt3 and model in VARIANTS:
+        raise CheckpointError(f"is an MT3 checkpoint without memory, not {model}: give --model mt3")
     for markers, verdict in _NAMES:
         if any(marker in names for marker in markers):
             raise CheckpointError(verdict.format(model=model))
-    if model != "mt3" and b"proj.weight" in names and b"encoder.block." in names:
+    if is_mt3 and model in MODELS:
         raise CheckpointError(f"is an MT3 checkpoint, not {model}: give --model mt3")

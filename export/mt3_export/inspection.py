@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mt3_runtime.manifest import Manifest
-    from mt3_runtime.specs import FeatureSpec
+    from mt3_runtime.specs import FeatureSpec, MemorySpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ class Inspection:
             f"network   {layers}, {attention}, vocabulary {model.vocab_size}, {room}",
             f"features  {features.frontend}, {_describe(features)}",
         ]
+        lines += [f"memory    {_describe_memory(model.memory)}"] if model.memory else []
         lines += [f"notice    {origin.notice}"] if origin.notice else []
         for file, counts in self.operators.items():
             kinds = ", ".join(f"{name} {count}" for name, count in counts.items())
@@ -58,6 +59,15 @@ def _describe(features: FeatureSpec) -> str:
         return frames
     norm = f"normalisation {'on' if features.mel_norm else 'off'}, " if features.frontend in MT3_FRONTENDS else ""
     return f"{norm}{frames}, {features.f_min:g}-{features.f_max:g} Hz"
+
+
+def _describe_memory(memory: MemorySpec) -> str:
+    place = {"context": "behind the encoder states", "prefix": "before the first token"}[memory.injection]
+    told = ", ".join(map(str, memory.first_tokens))
+    return (
+        f"{memory.injection}: {memory.length} vectors {place}, made from {memory.span} tokens of the segment before "
+        f"(first segment: {told})"
+    )
 
 
 def inspect_bundle(path: Path) -> Inspection:

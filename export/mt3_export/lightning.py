@@ -2,7 +2,7 @@
 
 The hyper-parameters of YourMT3 hold a task manager, an object of the authors' own classes. Each class that such a file
 names has a stand-in here, which keeps attributes and does nothing; so have the functions of numpy, because numpy takes
-the sizes and flags in a pickle at their word.
+the sizes and flags in a pickle at their word. MR-MT3 keeps no hyper-parameters, only the state of a training.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mt3_export.state import some
 from mt3_runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 
 class TaskManager:
@@ -65,6 +65,28 @@ class Unknown(NumpyValue):
     """Stands for whatever else a published file names, which its hash vouches for."""
 
 
+class Callback(NumpyValue):
+    """Stands for a callback's class: before 1.5, Lightning kept the state of callbacks under their classes."""
+
+
+class Factory(NumpyValue):
+    """Stands for a type that a `defaultdict` was made with."""
+
+
+def default_dict(*_: object) -> dict[object, object]:
+    """Stands for `collections.defaultdict`: an ordinary one, which asks nobody for what it has not."""
+    return {}
+
+
+_NUMPY: Mapping[str, type] = MappingProxyType(
+    {
+        "numpy.ndarray": NumpyArray,
+        "numpy.dtype": NumpyType,
+        # numpy 2 moved its inside from `core` to `_core`.
+        **{f"numpy.{core}.multiarray._reconstruct": NumpyValue for core in ("core", "_core")},
+        **{f"numpy.{core}.multiarray.scalar": NumpyScalar for core in ("core", "_core")},
+    }
+)
 STAND_INS: Mapping[str, type] = MappingProxyType(
     {
         "utils.task_manager.TaskManager": TaskManager,
@@ -72,11 +94,16 @@ STAND_INS: Mapping[str, type] = MappingProxyType(
         "utils.event_codec.FastCodec": Codec,
         "utils.note_event_dataclasses.Event": Event,
         "utils.note_event_dataclasses.EventRange": EventRange,
-        "numpy.ndarray": NumpyArray,
-        "numpy.dtype": NumpyType,
-        # numpy 2 moved its inside from `core` to `_core`.
-        **{f"numpy.{core}.multiarray._reconstruct": NumpyValue for core in ("core", "_core")},
-        **{f"numpy.{core}.multiarray.scalar": NumpyScalar for core in ("core", "_core")},
+        **_NUMPY,
+    }
+)
+MR_MT3_STAND_INS: Mapping[str, Callable[..., object]] = MappingProxyType(
+    {
+        "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint": Callback,
+        "pytorch_lightning.callbacks.early_stopping.EarlyStopping": Callback,
+        "collections.defaultdict": default_dict,
+        **{f"builtins.{name}": Factory for name in ("dict", "float", "int", "list")},
+        **_NUMPY,
     }
 )
 # What Lightning's pickles call for besides: bytes are written as encoded text.

@@ -1,4 +1,4 @@
-"""The networks of the MT3 family as three torch modules, one a graph, over weights fused for inference.
+"""The networks of the MT3 family as torch modules, one a graph, over weights fused for inference.
 
 T5 v1.1 without biases, without relative positions and without attention scaling; sinusoidal positions are added
 to the inputs (magenta/mt3 `network.py`, `layers.py`). Query, key and value projections are one matrix, the two
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 -- the name every torch user knows
 
+from mt3_export.layers import DecoderLayer, EncoderLayer
 from mt3_export.lowering import split_heads
+from mt3_export.memory import Memory, Prefix
 from mt3_export.perceiver import PerceiverEncoder
 from mt3_export.weights import Weights
 
@@ -46,41 +48,6 @@ def position_table(side: str, length: int, model: ModelSpec, tensors: Mapping[st
     return sinusoid(length, model.d_model, model.position_base) if table is None else table[:length].float()
 
 
-class FeedForward(nn.Module):
-    """wo(gelu(wi_0 x) * wi_1 x)."""
-
-    def __init__(self, weights: Weights, ops: Lowering) -> None:
-        super().__init__()
-        self.ops = ops
-        self.norm = weights.vector("layer_norm")
-        self.gates = weights.matrix("DenseReluDense.wi_0", "DenseReluDense.wi_1")
-        self.output = weights.matrix("DenseReluDense.wo")
-
-    def forward(self, normed: Tensor) -> Tensor:
-        gate, value = (normed @ self.gates).chunk(2, -1)
-        return (self.ops.gelu(gate) * value) @ self.output
-
-
-class EncoderLayer(nn.Module):
-    """One encoder block. Takes the residual stream and the update that is still to be added to it."""
-
-    def __init__(self, weights: Weights, heads: int, ops: Lowering) -> None:
-        super().__init__()
-        self.ops, self.heads = ops, heads
-        attention = weights.below("layer.0")
-        self.norm = attention.vector("layer_norm")
-        self.qkv = attention.matrix("SelfAttention.q", "SelfAttention.k", "SelfAttention.v")
-        self.output = attention.matrix("SelfAttention.o")
-        self.feed_forward = FeedForward(weights.below("layer.1"), ops)
-
-    def forward(self, hidden: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
-        hidden, normed = self.ops.add_norm(hidden, update, self.norm)
-        query, key, value = (normed @ self.qkv).chunk(3, -1)
-        update = self.ops.encoder_attention(query, key, value, self.heads) @ self.output
-        hidden, normed = self.ops.add_norm(hidden, update, self.feed_forward.norm)
-        return hidden, self.feed_forward(normed)
-
-
 class Encoder(nn.Module):
     """features [segments, frames, bins] -> states [segments, 1, frames, d_model]."""
 
@@ -107,7 +74,10 @@ class Encoder(nn.Module):
 
 
 class CrossKV(nn.Module):
-    """states [rows, frames, d_model] -> keys, then values, of every layer [rows, heads, frames, d_kv]."""
+    """states [rows, frames, d_model] -> keys, then values, of every layer [rows, heads, frames, d_kv].
+
+    What else cross-attention sees, as the vectors of a memory [rows, length, d_model], stands behind the frames.
+    """
 
     def __init__(self, model: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -115,34 +85,10 @@ class CrossKV(nn.Module):
         layers = [Weights(tensors, f"decoder.block.{i}.layer.1.EncDecAttention.") for i in range(model.decoder_layers)]
         self.projections = nn.ParameterList(layer.matrix(name) for name in ("k", "v") for layer in layers)
 
-    def forward(self, states: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, states: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+        if more:
+            states = torch.cat((states, *more), 1)
         return tuple(split_heads(states @ matrix, self.heads) for matrix in self.projections)
-
-
-class DecoderLayer(nn.Module):
-    """One decoder block for one new token a row; keys and values of cross-attention come from `CrossKV`."""
-
-    def __init__(self, weights: Weights, heads: int, ops: Lowering) -> None:
-        super().__init__()
-        self.ops, self.heads = ops, heads
-        attention, cross = weights.below("layer.0"), weights.below("layer.1")
-        self.norm = attention.vector("layer_norm")
-        self.qkv = attention.matrix("SelfAttention.q", "SelfAttention.k", "SelfAttention.v")
-        self.output = attention.matrix("SelfAttention.o")
-        self.cross_norm = cross.vector("layer_norm")
-        self.cross_query = cross.matrix("EncDecAttention.q")
-        self.cross_output = cross.matrix("EncDecAttention.o")
-        self.feed_forward = FeedForward(weights.below("layer.2"), ops)
-
-    def forward(
-        self, hidden: Tensor, update: Tensor, position: Tensor, cross: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        hidden, normed = self.ops.add_norm(hidden, update, self.norm)
-        output, key, value = self.ops.cached_attention(normed @ self.qkv, *own, position, self.heads)
-        hidden, normed = self.ops.add_norm(hidden, output @ self.output, self.cross_norm)
-        output = self.ops.attention(normed @ self.cross_query, *cross, self.heads)
-        hidden, normed = self.ops.add_norm(hidden, output @ self.cross_output, self.feed_forward.norm)
-        return hidden, self.feed_forward(normed), key, value
 
 
 class DecodeStep(nn.Module):
@@ -154,7 +100,7 @@ class DecodeStep(nn.Module):
         super().__init__()
         self.ops = ops
         self.embedding = Weights(tensors).vector("decoder_embed_tokens")
-        self.register_buffer("positions", position_table("decoder", model.max_length, model, tensors))
+        self.register_buffer("positions", position_table("decoder", model.positions, model, tensors))
         blocks = Weights(tensors, "decoder.block.")
         self.layers = nn.ModuleList(
             DecoderLayer(blocks.below(str(i)), model.num_heads, ops) for i in range(model.decoder_layers)
@@ -195,9 +141,17 @@ def build_modules(
     design: PerceiverDesign | None = None,
 ) -> dict[str, nn.Module]:
     """The module of every graph, by the graph's name; `design` is that of the encoder where it is not T5's."""
-    encoder: nn.Module
+    modules: dict[str, nn.Module] = {}
     if design is None:
-        encoder = Encoder(model, features.segment_frames, tensors, ops)
+        modules["encoder"] = Encoder(model, features.segment_frames, tensors, ops)
     else:
-        encoder = PerceiverEncoder(model, features, tensors, design, ops)
-    return {"encoder": encoder, "cross_kv": CrossKV(model, tensors), "decode_step": DecodeStep(model, tensors, ops)}
+        modules["encoder"] = PerceiverEncoder(model, features, tensors, design, ops)
+    if model.memory:
+        positions = position_table("segmem_encoder", model.memory.span, model, tensors)
+        modules["memory"] = Memory(model, model.memory, tensors, positions, ops)
+    modules["cross_kv"] = CrossKV(model, tensors)
+    if model.prefix_length:
+        positions = position_table("decoder", model.prefix_length, model, tensors)
+        modules["prefix"] = Prefix(model, tensors, positions, ops)
+    modules["decode_step"] = DecodeStep(model, tensors, ops)
+    return modules

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 OPSET = 24
 PREFIX = "weights"  # initializers are named `weights.{parameter}`, apart from everything the exporter names
 # Sizes to trace with: not 1, which the exporter would take for a constant, and unlike each other.
-TRACE_SIZES = {"segments": 2, "rows": 3, "length": 48}
+TRACE_SIZES = {"segments": 2, "rows": 3, "length": 48, "written": 80}
 
 
 def trace(module: torch.nn.Module, spec: GraphSpec) -> ir.Model:

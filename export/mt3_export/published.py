@@ -129,6 +129,19 @@ _ROWS = (
     *_yourmt3_rows(),
 )
 
+# The files that MR-MT3 names (gudgud96/MR-MT3 `test.sh`), and the vectors of memory each was trained with, which
+# nothing inside says. Neither where they lie nor their hashes are known, so that they are no rows of the table: they
+# cannot be fetched, only recognised by name.
+MEMORY_LENGTHS: Mapping[str, int] = MappingProxyType(
+    {
+        "exp_segmemV2_prev_context=0.ckpt": 0,
+        "exp_segmemV2_prev_context=32.ckpt": 32,
+        "exp_segmemV2_prev_context=64.ckpt": 64,
+        "exp_segmemV2_prev_context=64_prevaug_frame=3.ckpt": 64,
+        "exp_segmemV2_prev_context=64_prevaug_frame=8.ckpt": 64,
+    }
+)
+
 PUBLISHED: Mapping[str, PublishedCheckpoint] = MappingProxyType({row.name: row for row in _ROWS})
 
 

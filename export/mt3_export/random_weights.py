@@ -72,5 +72,6 @@ def t5_spread(key: str, width: int, heads: int, d_kv: int, d_ff: int) -> float:
         "wi_1": width,
         "wo": d_ff,
         "lm_head": width,
+        "segmem_proj": width,
     }
     return math.pow(fan_in[key.removesuffix(".weight").rpartition(".")[2]], -0.5)

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mt3_export.mr_mt3 import VARIANTS
 from mt3_export.published import PUBLISHED
 from mt3_export.state import MT3_SIZES
 from mt3_runtime.errors import CheckpointError, OptionError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from mt3_export.state import Sizes
 
 Setting = int | str | bool
+FAMILY = ("mt3", *VARIANTS)
 NAMES = ("num_heads", "frontend", "mel_norm", "position_base", "max_length")
 # The target length of every published MT3; a file that does not say is taken to have it.
 MAX_LENGTH = 1024
@@ -68,18 +70,28 @@ def resolve(
     elif metadata is None and sizes == MT3_SIZES:
         known = _assumed(given, warnings)
     else:
-        known = _parse(metadata or {})
+        known = parse_metadata(metadata or {}, "mt3")
         if "max_length" not in known and "max_length" not in given:
             known["max_length"] = MAX_LENGTH
             warnings.append(f"max_length is not in the file: {MAX_LENGTH} is assumed")
+    settings = combine(given, known)
+    warnings += overrides(given, known) if row or metadata else ()
+    return Settings(settings, tuple(warnings))
+
+
+def combine(given: Mapping[str, Setting], known: Mapping[str, Setting]) -> dict[str, Setting]:
+    """Every setting, given or else known.
+
+    Raises:
+        CheckpointError: one is neither, or the number of heads is contradicted.
+    """
     if missing := [name for name in NAMES if name not in known and name not in given]:
         raise CheckpointError(f"does not say {', '.join(missing)}: give {', '.join(map(_option, missing))}")
     if known.get("num_heads", given.get("num_heads")) != given.get("num_heads", known.get("num_heads")):
         raise CheckpointError(
             f"has {known['num_heads']} heads, not {given['num_heads']}: leave {_option('num_heads')} out"
         )
-    warnings += overrides(given, known) if row or metadata else ()
-    return Settings({name: given.get(name, known.get(name, 0)) for name in NAMES}, tuple(warnings))
+    return {name: given.get(name, known.get(name, 0)) for name in NAMES}
 
 
 def _assumed(given: Mapping[str, Setting], warnings: list[str]) -> dict[str, Setting]:
@@ -94,25 +106,36 @@ def _assumed(given: Mapping[str, Setting], warnings: list[str]) -> dict[str, Set
     return known
 
 
-def overrides(given: Mapping[str, Setting], known: Mapping[str, Setting]) -> list[str]:
+def overrides(
+    given: Mapping[str, Setting], known: Mapping[str, Setting], source: str = "the checkpoint says"
+) -> list[str]:
     """A warning for every setting that was given against what is known."""
     return [
-        f"{name} is {show(value)} as asked, where the checkpoint says {show(known[name])}"
+        f"{name} is {show(value)} as asked, where {source} {show(known[name])}"
         for name, value in given.items()
         if name in known and value != known[name]
     ]
 
 
-def _parse(metadata: Mapping[str, str]) -> dict[str, Setting]:
-    architecture = metadata.get("architecture", "mt3")
-    if architecture != "mt3":
-        raise CheckpointError(f"is of architecture {architecture[:100]!r}: use one of architecture 'mt3'")
+def parse_metadata(metadata: Mapping[str, str], model: str) -> dict[str, Setting]:
+    """What the metadata of a safetensors file says.
+
+    Raises:
+        CheckpointError: it is of another model, or unreadable.
+    """
+    architecture = metadata.get("architecture", model)
+    if architecture in FAMILY and architecture != model:
+        raise CheckpointError(f"is of architecture {architecture!r}, not {model!r}: give --model {architecture}")
+    if architecture != model:
+        raise CheckpointError(f"is of architecture {architecture[:100]!r}: use one of architecture {model!r}")
     known: dict[str, Setting] = {}
-    for name in set(NAMES) & set(metadata):
+    for name in {*NAMES, "memory_length"} & set(metadata):
         text = metadata[name]
         value: Setting = text
         if name == "mel_norm":
             value = {"true": True, "false": False}.get(text, text)
+        elif name == "memory_length" and text == "0":
+            value = 0
         elif name != "frontend":
             value = parse_whole(name, text)
         if not _is_usable(name, value):
@@ -141,12 +164,14 @@ def _is_usable(name: str, value: Setting) -> bool:
         return value in MT3_FRONTENDS
     if name == "mel_norm":
         return isinstance(value, bool)
-    return type(value) is int and 0 < value < 1_000_000
+    return type(value) is int and (name != "memory_length") <= value < 1_000_000
 
 
 def _allowed(name: str) -> str:
     if name == "frontend":
         return f"one of {', '.join(MT3_FRONTENDS)}"
+    if name == "memory_length":
+        return "a whole number of vectors, 0 for no memory"
     return "true or false" if name == "mel_norm" else "a positive whole number"
 
 

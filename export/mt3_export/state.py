@@ -22,7 +22,11 @@ DUPLICATES = {
     "encoder.embed_tokens.weight": "proj.weight",
     "decoder.embed_tokens.weight": "decoder_embed_tokens.weight",
 }
+MEMORY_DUPLICATES = {"segmem_encoder.embed_tokens.weight": "segmem_proj.weight"}
 INVERSE_FREQUENCIES = ("encoder.pos_emb.inv_freq", "decoder.pos_emb.inv_freq")
+MEMORY_INVERSE_FREQUENCY = "segmem_encoder.pos_emb.inv_freq"
+MEMORY_ENCODER = "segmem_encoder."
+MEMORY_PREFIX = "segmem_"  # of all that a memory adds
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -44,7 +48,8 @@ MT3_SIZES = Sizes(d_model=512, inner=384, d_ff=1024, encoder_layers=8, decoder_l
 def expected_shapes(model: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Every tensor of the network and its shape ([out, in] for matrices), always in the same order.
 
-    Source: the state dict of kunato/mt3-pytorch (`tools/convert_weight.py`) less its duplicates and constants.
+    Source: the state dict of kunato/mt3-pytorch (`tools/convert_weight.py`) less its duplicates and constants; that of
+    a memory from gudgud96/MR-MT3 (`models/t5_segmem*.py`).
     """
     width, inner = model.d_model, model.num_heads * model.d_kv
     shapes: dict[str, tuple[int, ...]] = {
@@ -57,6 +62,10 @@ def expected_shapes(model: ModelSpec) -> dict[str, tuple[int, ...]]:
             shapes |= block_shapes(f"{side}.block.{index}", attentions[:used], width, inner, model.d_ff)
         shapes[f"{side}.final_layer_norm.weight"] = (width,)
     shapes["lm_head.weight"] = (model.vocab_size, width)
+    if model.memory:
+        shapes["segmem_proj.weight"] = (width, width)
+        shapes |= block_shapes(f"{MEMORY_ENCODER}block.0", attentions[:1], width, inner, model.d_ff)
+        shapes[f"{MEMORY_ENCODER}final_layer_norm.weight"] = (width,)
     return shapes
 
 
@@ -90,8 +99,8 @@ def infer_sizes(tensors: Mapping[str, Tensor]) -> Sizes:
         d_model=d_model,
         inner=_matrix_shape(tensors, "encoder.block.0.layer.0.SelfAttention.q.weight")[0],
         d_ff=_matrix_shape(tensors, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight")[0],
-        encoder_layers=_count_blocks("encoder", tensors),
-        decoder_layers=_count_blocks("decoder", tensors),
+        encoder_layers=count_blocks("encoder", tensors),
+        decoder_layers=count_blocks("decoder", tensors),
         vocab_size=_matrix_shape(tensors, "lm_head.weight")[0],
     )
 
@@ -107,7 +116,8 @@ def _matrix_shape(tensors: Mapping[str, Tensor], key: str) -> tuple[int, int]:
     return shape
 
 
-def _count_blocks(side: str, keys: Iterable[str]) -> int:
+def count_blocks(side: str, keys: Iterable[str]) -> int:
+    """How many blocks of an encoder or decoder have tensors."""
     # Counted, not the highest index: a gap then shows as missing tensors and a huge index costs nothing.
     pattern = re.compile(rf"{side}\.block\.(0|[1-9][0-9]{{0,8}})\.")
     return len({match[1] for match in map(pattern.match, keys) if match})
@@ -147,11 +157,11 @@ def drop_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         CheckpointError: a copy differs from its original, or a constant has another value.
     """
     kept = dict(tensors)
-    for copy, original in DUPLICATES.items():
+    for copy, original in (DUPLICATES | MEMORY_DUPLICATES).items():
         duplicate = kept.pop(copy, None)
         if duplicate is not None and (original not in kept or not torch.equal(duplicate, kept[original])):
             raise CheckpointError(f"{copy} differs from {original}: this is another model, use one of MT3")
-    for key in INVERSE_FREQUENCIES:
+    for key in (*INVERSE_FREQUENCIES, MEMORY_INVERSE_FREQUENCY):
         stored = kept.pop(key, None)
         if stored is not None and "proj.weight" in kept and not _is_port_sinusoid(stored, len(kept["proj.weight"])):
             raise CheckpointError(f"{key} is not that of MT3: this is another model, use one of MT3")

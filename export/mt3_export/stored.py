@@ -19,12 +19,20 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mt3_export.foreign import refuse_foreign_bytes, refuse_foreign_names
-from mt3_export.lightning import PLAIN_NAMES, STAND_INS, Unknown, split_lightning, tensors_only
+from mt3_export.lightning import (
+    MR_MT3_STAND_INS,
+    PLAIN_NAMES,
+    STAND_INS,
+    Unknown,
+    split_lightning,
+    tensors_only,
+)
+from mt3_export.mr_mt3 import VARIANTS
 from mt3_export.pickled import TENSOR_NAMES, check_pickles
 from mt3_runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 _LOADING = threading.Lock()
 # The number that opens every torch file from before 1.6, as pickled.
@@ -53,7 +61,7 @@ def read_state(data: bytes, model: str, *, published: bool = False) -> StoredSta
 
     Args:
         data: the whole file, so that what was hashed is what is read.
-        model: what it was given as: only YourMT3's files may be Lightning's.
+        model: what it was given as: those of mt3 are no Lightning files.
         published: whether it was recognised by its hash: then classes that are not known have stand-ins too.
 
     Raises:
@@ -82,7 +90,9 @@ def _read_torch(data: bytes, model: str, published: bool) -> StoredState:
     if model == "mt3":
         check_pickles(names, TENSOR_NAMES, legacy=legacy)
         return StoredState(tensors_only(_load_torch(data)), None)
-    stand_ins = {**_unknown(data), **STAND_INS} if published and not legacy else STAND_INS
+    stand_ins: Mapping[str, Callable[..., object]] = MR_MT3_STAND_INS if model in VARIANTS else STAND_INS
+    if published and not legacy:
+        stand_ins = {**_unknown(data), **stand_ins}
     check_pickles(names, TENSOR_NAMES | PLAIN_NAMES | stand_ins.keys(), legacy=legacy)
     loaded = _load_torch(data, stand_ins)
     state, hyper_parameters = split_lightning(loaded) if isinstance(loaded, dict) else (loaded, {})
@@ -128,7 +138,7 @@ def _check_records(archive: zipfile.ZipFile, size: int) -> None:
         raise CheckpointError(f"is damaged (record {damaged!r} fails its checksum): download or copy it again")
 
 
-def _load_torch(data: bytes, stand_ins: Mapping[str, type] = MappingProxyType({})) -> object:
+def _load_torch(data: bytes, stand_ins: Mapping[str, Callable[..., object]] = MappingProxyType({})) -> object:
     named: list[Any] = [(stand_in, name) for name, stand_in in stand_ins.items()]
     try:
         # The lock, because the names are torch's state, not this call's.

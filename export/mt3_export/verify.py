@@ -14,13 +14,14 @@ import torch
 
 from mt3_export.lowering import Eager
 from mt3_export.network import build_modules
+from mt3_export.reference import Comparison, Reference
 from mt3_export.weights_file import stored_weights
 from mt3_runtime.backends.ort import open_session
-from mt3_runtime.errors import BundleError, CheckpointError
+from mt3_runtime.errors import CheckpointError
 from mt3_runtime.features import feature_extractor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from typing import Any
 
     from torch import Tensor
@@ -31,11 +32,9 @@ if TYPE_CHECKING:
     from mt3_runtime.graphs import GraphSpec
     from mt3_runtime.specs import FeatureSpec
 
-Arrays = list[np.ndarray]
 RELATIVE_LIMIT = {"fp32": 1e-5}  # norm of the difference over norm
 CLEAR_GAP = 1e-5  # in logits of about 1, which float32 gets wrong by a tenth of that
 DRAWS = 6  # for every segment that is wanted; every third or so will do
-POISON = 1e4  # fills the unwritten cache; finite, because the standard operator multiplies what it masks by 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +82,8 @@ def verify_bundle(
     """Compare every graph of `bundle` with the torch network of `checkpoint` on features of synthetic chords.
 
     The decode step is fed the tokens that torch chose and its own cache, so errors add up as they do in use. Where
-    the bundle stores weights in fp16, torch gets the same rounded weights: what is measured is the graphs.
-    No more than `max_length` steps are taken.
+    the bundle stores weights in fp16, torch gets the same rounded weights: what is measured is the graphs. A memory is
+    told of what comes before a first segment, then of any tokens. No more than `max_length` steps are taken.
 
     Raises:
         BundleError: a file is not what the manifest lists, or a graph gives arrays of other shapes.
@@ -101,13 +100,13 @@ def verify_bundle(
         features = decided_features(modules["encoder"].double(), routing, manifest.features, segments, seed)
     else:
         features = chord_features(manifest.features, segments, seed)
-    reference = _Reference(modules, features, min(steps, model.max_length), model.start_token)
+    reference = Reference(modules, features, min(steps, model.max_length), model, seed)
     contracts = {spec.name: spec for spec in manifest.contracts}
     reports = []
     for entry in manifest.graphs:
         session = open_session(bundle, entry, threads=torch.get_num_threads())
         limit = RELATIVE_LIMIT[entry.precision]
-        compare = _Comparison()
+        compare = Comparison()
         reference.run(entry.graph, _Runner(session, contracts[entry.graph]), compare)
         form = (entry.graph, entry.lowering, entry.precision)
         reports.append(GraphReport(*form, compare.largest, compare.relative, limit, *compare.counts))
@@ -168,83 +167,7 @@ class _Runner:
     def __init__(self, session: Any, spec: GraphSpec) -> None:
         self.session, self.spec = session, spec
 
-    def __call__(self, inputs: Sequence[np.ndarray]) -> Arrays:
+    def __call__(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         feed = dict(zip(self.spec.input_names, inputs, strict=True))
-        outputs: Arrays = self.session.run(self.spec.output_names, feed)
+        outputs: list[np.ndarray] = self.session.run(self.spec.output_names, feed)
         return outputs
-
-
-class _Comparison:
-    """Collects the worst errors and the agreement of tokens."""
-
-    def __init__(self) -> None:
-        self.largest = self.relative = 0.0
-        self.counts = [0, 0, 0]
-
-    def arrays(self, found: np.ndarray, wanted: np.ndarray) -> float:
-        if found.shape != wanted.shape:
-            raise BundleError(f"a graph gives {found.shape}, where torch gives {wanted.shape}: export the bundle again")
-        difference = np.abs(found.astype(np.float64) - wanted)
-        largest = float(difference.max())
-        self._keep(largest, float(np.linalg.norm(difference)) / max(float(np.linalg.norm(wanted)), 1e-30))
-        return largest
-
-    def log_prob(self, found: np.ndarray, logits: np.ndarray) -> None:
-        """Compare with the graph's own logits: a sure token's is near 0, where no error relative to torch's fits."""
-        exact = logits.astype(np.float64)
-        top = exact.max(-1)
-        wanted = -np.log(np.exp(exact - top[:, None]).sum(-1))
-        largest = float(np.abs(found - wanted).max())
-        self._keep(largest, largest / float(np.abs(exact).max()))
-
-    def _keep(self, largest: float, relative: float) -> None:
-        self.largest = float(np.maximum(self.largest, largest))  # unlike max(), never forgets a NaN
-        self.relative = float(np.maximum(self.relative, relative))
-
-    def step(self, tokens: np.ndarray, logits: np.ndarray, wanted: np.ndarray) -> None:
-        error = self.arrays(logits, wanted)
-        chosen = np.take_along_axis(wanted, tokens[:, None], axis=-1)[:, 0]
-        equal = tokens == wanted.argmax(-1)
-        tie = ~equal & (wanted.max(-1) - chosen <= 2 * error)
-        for i, count in enumerate((len(tokens), equal.sum(), tie.sum())):
-            self.counts[i] += int(count)
-
-
-class _Reference:
-    """The torch network on features [segments, frames, bins]; each graph's inputs come from the graphs before it."""
-
-    def __init__(self, modules: Mapping[str, torch.nn.Module], features: np.ndarray, steps: int, start: int) -> None:
-        self.modules, self.steps = {name: module.double() for name, module in modules.items()}, steps
-        self.start = start
-        self.features = torch.from_numpy(features).double()
-        with torch.inference_mode():
-            self.states = modules["encoder"](self.features)
-            self.cross = modules["cross_kv"](self.states.flatten(0, 1))
-
-    def run(self, graph: str, runner: _Runner, compare: _Comparison) -> None:
-        if graph == "encoder":
-            compare.arrays(runner([single(self.features)])[0], self.states.numpy())
-        elif graph == "cross_kv":
-            for found, wanted in zip(runner([single(self.states.flatten(0, 1))]), self.cross, strict=True):
-                compare.arrays(found, wanted.numpy())
-        else:
-            self._decode(runner, compare)
-
-    @torch.inference_mode()
-    def _decode(self, runner: _Runner, compare: _Comparison) -> None:
-        rows, heads, _, width = self.cross[0].shape
-        own = [torch.full((rows, heads, self.steps, width), POISON, dtype=torch.float64) for _ in self.cross]
-        cache, cross = [single(tensor) for tensor in own], [single(tensor) for tensor in self.cross]
-        token = torch.full((rows,), self.start, dtype=torch.int32)
-        for step in range(self.steps):
-            position = torch.full((rows,), step, dtype=torch.int32)
-            _, _, *own, logits = self.modules["decode_step"](token, position, *self.cross, *own)
-            tokens, log_prob, *cache, found = runner([token.numpy(), position.numpy(), *cross, *cache])
-            compare.step(tokens, found, logits.numpy())
-            compare.log_prob(log_prob, found)
-            token = logits.argmax(-1).to(torch.int32)
-
-
-def single(tensor: torch.Tensor) -> np.ndarray:
-    """A float32 copy for the graph."""
-    return tensor.float().numpy()

@@ -124,7 +124,7 @@ def open_audio(
         try:
             with soundfile.SoundFile(descriptor, closefd=False) as source:
                 _check_source(source, sound, limits)
-                mono = _Mono(name, source.samplerate, sample_rate, limits)
+                mono = MonoStream(name, source.samplerate, sample_rate, limits)
                 expected = round(source.frames * sample_rate / source.samplerate)
                 yield AudioStream(mono.blocks(_decode(source, sound)), expected)
         except soundfile.SoundFileError as error:
@@ -158,6 +158,18 @@ def prepare_audio(
         OptionError: `sample_rate` is not a positive integer.
     """
     name = "the audio array"
+    array = as_blocks(samples, name)
+    rate = check_rate(source_rate, name)
+    check_bounds(name, array.shape[1], rate, len(array), limits)
+    return _collect(MonoStream(name, rate, sample_rate, limits).blocks(to_float(array)))
+
+
+def as_blocks(samples: ArrayLike, name: str) -> NDArray[np.generic]:
+    """Samples in memory as an array [samples, channels] of one of the accepted types.
+
+    Raises:
+        AudioError: the samples have another type or shape; the message starts with `name`.
+    """
     try:
         array = np.asarray(samples)
     except ValueError as error:
@@ -166,12 +178,19 @@ def prepare_audio(
         raise AudioError(f"{name} has shape {array.shape}: give [samples] or [samples, channels]")
     if array.dtype.kind != "f" and array.dtype.name not in _INTEGER_TYPES:
         raise AudioError(f"{name} is of type {array.dtype}: give floats, int8, int16, int32 or uint8")
-    rate = _positive_integer(source_rate)
-    if rate is None:
-        raise AudioError(f"{name} has the rate {source_rate!r}: give a whole number of Hz")
-    channels = array.shape[1] if array.ndim == 2 else 1
-    _check_bounds(name, channels, rate, len(array), limits)
-    return _collect(_Mono(name, rate, sample_rate, limits).blocks(_slices(array.reshape(len(array), channels))))
+    return array.reshape(len(array), array.shape[1] if array.ndim == 2 else 1)
+
+
+def check_rate(rate: object, name: str) -> int:
+    """A sample rate as a whole number of Hz.
+
+    Raises:
+        AudioError: it is none; the message starts with `name`.
+    """
+    whole = _positive_integer(rate)
+    if whole is None:
+        raise AudioError(f"{name} has the rate {rate!r}: give a whole number of Hz")
+    return whole
 
 
 @contextlib.contextmanager
@@ -203,11 +222,16 @@ def _check_source(source: soundfile.SoundFile, sound: SoundBytes, limits: AudioL
     if source.frames >= _UNKNOWN_LENGTH:
         raise AudioError(f"{name} does not state its length, as if written to a pipe: {CONVERT}")
     # libsndfile never returns more frames than the header states, so the stated length bounds the real one.
-    _check_bounds(name, source.channels, source.samplerate, source.frames, limits)
+    check_bounds(name, source.channels, source.samplerate, source.frames, limits)
     check_promise(sound)
 
 
-def _check_bounds(name: str, channels: int, rate: int, frames: int, limits: AudioLimits) -> None:
+def check_bounds(name: str, channels: int, rate: int, frames: int, limits: AudioLimits = DEFAULT_LIMITS) -> None:
+    """Hold audio of `frames` samples a channel at `rate` Hz to the limits.
+
+    Raises:
+        AudioError: it is out of bounds; the message starts with `name`.
+    """
     if not 1 <= channels <= limits.max_channels:
         raise AudioError(f"{name} has {channels} channels, not 1 to {limits.max_channels}: mix it down to mono first")
     if not limits.min_rate <= rate <= limits.max_rate:
@@ -241,7 +265,7 @@ def _decode(source: soundfile.SoundFile, sound: SoundBytes) -> Iterator[NDArray[
     check_end(sound, os.lseek(sound.descriptor, 0, os.SEEK_CUR), left)
 
 
-def _slices(array: NDArray[np.generic]) -> Iterator[NDArray[np.float32]]:
+def to_float(array: NDArray[np.generic]) -> Iterator[NDArray[np.float32]]:
     """Yield an array [samples, channels] of any accepted type as blocks of float32."""
     step = _BLOCK_VALUES // array.shape[1]
     for first in range(0, len(array), step):
@@ -274,41 +298,71 @@ def _average(block: NDArray[np.float32]) -> NDArray[np.float32]:
     return mono
 
 
-class _Mono:
+class MonoStream:
     """Turns blocks of any channels into blocks of one mono signal at the target rate.
 
     Blocks of any size give the same bits: soxr's stream equals its one-shot call.
+
+    Args:
+        name: of the audio, for messages.
+        source_rate: of the blocks in Hz.
+        sample_rate: of the result in Hz.
+        limits: of which `min_samples` counts here.
+
+    Raises:
+        OptionError: `sample_rate` is not a positive integer.
     """
 
-    def __init__(self, name: str, source_rate: int, sample_rate: int, limits: AudioLimits) -> None:
+    def __init__(self, name: str, source_rate: int, sample_rate: int, limits: AudioLimits = DEFAULT_LIMITS) -> None:
         rate = _positive_integer(sample_rate)
         if rate is None:
             raise OptionError(f"sample_rate is {sample_rate!r}: give a whole number of Hz")
         self._name = name
-        self._min_samples = limits.min_samples
+        self._min_samples, self._samples = limits.min_samples, 0
         self._stream = None
         if rate != source_rate:
             self._stream = soxr.ResampleStream(source_rate, rate, 1, dtype="float32", quality="HQ")
 
-    def blocks(self, blocks: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
-        """Yield [samples], new arrays, for blocks [samples, channels]."""
-        length = 0
-        for block in self._resampled(map(_average, blocks)):
-            length += len(block)
-            yield block
-        if length < self._min_samples:
+    def mix(self, block: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The mean of the channels of a block [samples, channels] -> [samples]; nothing is taken in yet.
+
+        Raises:
+            AudioError: a sample is not finite.
+        """
+        mono = _average(block)
+        if not np.isfinite(mono).all():
+            raise AudioError(f"{self._name} holds NaN or infinite samples: export it again")
+        return mono
+
+    def take(self, mono: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What a block [samples] of the source completes: [samples], a new array, which may be empty."""
+        return self._counted(mono if self._stream is None else self._stream.resample_chunk(mono))
+
+    def end(self) -> NDArray[np.float32]:
+        """What is left after the last block [samples].
+
+        Raises:
+            AudioError: all of it was too short.
+        """
+        rest = np.empty(0, np.float32)
+        if self._stream is not None:
+            rest = self._counted(self._stream.resample_chunk(rest, last=True))
+        if self._samples < self._min_samples:
             raise AudioError(
-                f"{self._name} holds {length} samples at the model's rate, fewer than {self._min_samples}:"
+                f"{self._name} holds {self._samples} samples at the model's rate, fewer than {self._min_samples}:"
                 " give longer audio"
             )
+        return rest
 
-    def _resampled(self, blocks: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
-        for mono in blocks:
-            if not np.isfinite(mono).all():
-                raise AudioError(f"{self._name} holds NaN or infinite samples: export it again")
-            yield mono if self._stream is None else self._stream.resample_chunk(mono)
-        if self._stream is not None:
-            yield self._stream.resample_chunk(np.empty(0, np.float32), last=True)
+    def _counted(self, block: NDArray[np.float32]) -> NDArray[np.float32]:
+        self._samples += len(block)
+        return block
+
+    def blocks(self, blocks: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+        """Yield [samples], new arrays, for all blocks [samples, channels]."""
+        for block in blocks:
+            yield self.take(self.mix(block))
+        yield self.end()
 
 
 def _collect(blocks: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:

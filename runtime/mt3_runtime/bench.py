@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mt3_runtime.bench_lengths import bench_lengths, to_lines
+from mt3_runtime.bench_songs import bench_songs, bench_streams, song_lines
 from mt3_runtime.decoding import DecodingRules, Row, decode_rows
 from mt3_runtime.devices import encode_group
 from mt3_runtime.errors import OptionError
 from mt3_runtime.loading import load
 from mt3_runtime.machine import describe_machine, package_versions, peak_rss_mb
+from mt3_runtime.memory import first_memory
 from mt3_runtime.stopwatch import Stopwatch
 from mt3_runtime.version import __version__
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
     from mt3_runtime.arrays import FloatArray
     from mt3_runtime.backends import Backend
+    from mt3_runtime.specs import ModelSpec
     from mt3_runtime.transcriber import Transcriber
 
 
@@ -33,7 +36,8 @@ if TYPE_CHECKING:
 class BenchOptions:
     """What to run: `segments` segments of `steps` tokens, at most `slots` rows at a time, `repeat` times.
 
-    With `lengths` each row takes its own number of steps instead (see `bench_lengths`).
+    With `lengths` each row takes its own number of steps instead (see `bench_lengths`); with `songs` or `streams` that
+    many pieces of so many segments go through side by side (see `bench_songs`).
     """
 
     bundle: Path | None
@@ -44,6 +48,8 @@ class BenchOptions:
     repeat: int
     slots: int | None
     lengths: tuple[int, ...] | None = None
+    songs: int | None = None
+    streams: int | None = None
 
 
 def bench(options: BenchOptions) -> dict[str, Any]:
@@ -51,27 +57,40 @@ def bench(options: BenchOptions) -> dict[str, Any]:
 
     Returns:
         `encode_s` (all segments), `decode_ms_per_step` by number of rows, `total_s` (encode plus all steps of all
-        rows, scheduled as in a transcription), or `lengths` in place of these; `load_s`, `peak_rss_mb`, and what was
-        run where.
+        rows, scheduled as in a transcription), or `lengths`, `songs` or `streams` in place of these; `load_s`,
+        `peak_rss_mb`, and what was run where.
 
     Raises:
-        OptionError: more steps than the model has positions.
+        OptionError: more steps than the model has positions, or figures that exclude each other.
     """
+    if sum(value is not None for value in (options.lengths, options.songs, options.streams)) > 1:
+        raise OptionError("--lengths, --songs and --streams are measured one at a time: give one of them")
     started = perf_counter()
     transcriber = load(options.bundle, options.device, slots=options.slots, threads=options.threads)
     load_s = perf_counter() - started
     features = transcriber.bundle.manifest.features
     shape = (options.segments, features.segment_frames, features.bins)
     noise = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    figures = _lengths(transcriber, noise, options) if options.lengths else _steps(transcriber, noise, options)
     return {
-        **figures,
+        **_figures(transcriber, noise, options),
         "load_s": load_s,
         "peak_rss_mb": peak_rss_mb(),
         "segments": options.segments,
         "repeat": options.repeat,
         **_circumstances(transcriber),
     }
+
+
+def _figures(transcriber: Transcriber, noise: FloatArray, options: BenchOptions) -> dict[str, Any]:
+    if options.lengths:
+        return _lengths(transcriber, noise, options)
+    if options.steps > transcriber.backend.length:
+        raise OptionError(f"--steps {options.steps} is more than the model's {transcriber.backend.length}: ask fewer")
+    if options.songs:
+        return bench_songs(transcriber, options.songs, options.segments, options.steps, options.repeat)
+    if options.streams:
+        return bench_streams(transcriber, options.streams, options.segments, options.steps)
+    return _steps(transcriber, noise, options)
 
 
 def to_text(result: dict[str, Any]) -> str:
@@ -84,6 +103,8 @@ def to_text(result: dict[str, Any]) -> str:
     tail = f"memory  {result['peak_rss_mb']:.0f} MB at the peak"
     if "lengths" in result:
         return "\n".join([head, *to_lines(result["lengths"]), tail])
+    if "songs" in result or "streams" in result:
+        return "\n".join([head, *song_lines(result), tail])
     rows = ", ".join(f"{count} rows {ms:.2f}" for count, ms in result["decode_ms_per_step"].items())
     return (
         f"{head}\n"
@@ -96,14 +117,14 @@ def to_text(result: dict[str, Any]) -> str:
 
 def _steps(transcriber: Transcriber, features: FloatArray, options: BenchOptions) -> dict[str, Any]:
     backend, model = transcriber.backend, transcriber.bundle.manifest.model
-    if options.steps > backend.length:
-        raise OptionError(f"--steps {options.steps} is more than the model's {backend.length}: ask for fewer")
     rules = DecodingRules(model.start_token, None, options.steps)
     group = encode_group(transcriber.bundle.manifest)
-    passes = [_one_pass(backend, features, group, rules) for _ in range(options.repeat + 1)][1:]
+    passes = [_one_pass(backend, features, group, rules, model) for _ in range(options.repeat + 1)][1:]
     states = backend.encode(features[:1])[0, :1]  # [1, frames, d_model]
     rows = sorted({1, min(options.segments * model.channels, backend.slots)})
-    steps = {str(n): [_decode(backend, states, n, options.steps) for _ in range(options.repeat + 1)][1:] for n in rows}
+    steps = {
+        str(n): [_decode(backend, states, n, options.steps, model) for _ in range(options.repeat + 1)][1:] for n in rows
+    }
     return {
         "steps": options.steps,
         "encode_s": median(encode for encode, _ in passes),
@@ -115,7 +136,7 @@ def _steps(transcriber: Transcriber, features: FloatArray, options: BenchOptions
 def _lengths(transcriber: Transcriber, features: FloatArray, options: BenchOptions) -> dict[str, Any]:
     backend, model = transcriber.backend, transcriber.bundle.manifest.model
     states = np.concatenate([backend.encode(one[None])[0] for one in features])  # [rows, frames, d_model]
-    return {"lengths": bench_lengths(backend, states, model.start_token, options.lengths or (), options.repeat)}
+    return {"lengths": bench_lengths(backend, states, model, options.lengths or (), options.repeat)}
 
 
 def _circumstances(transcriber: Transcriber) -> dict[str, Any]:
@@ -135,25 +156,27 @@ def _circumstances(transcriber: Transcriber) -> dict[str, Any]:
     }
 
 
-def _one_pass(backend: Backend, features: FloatArray, group: int, rules: DecodingRules) -> tuple[float, float]:
-    """Encode and decode everything: seconds of encoding, and of all."""
-    clock = Stopwatch()
+def _one_pass(
+    backend: Backend, features: FloatArray, group: int, rules: DecodingRules, model: ModelSpec
+) -> tuple[float, float]:
+    """Encode and decode everything: seconds of encoding, and of all. No segment waits for another one here."""
+    clock, told = Stopwatch(), first_memory(model, 1)
 
     def rows() -> Iterator[Row[int]]:
         for first in range(0, len(features), group):
             with clock.stage("encode"):
                 states = backend.encode(features[first : first + group])  # [segments, channels, frames, d_model]
             for own in states.reshape(-1, *states.shape[2:]):
-                yield Row(first, own.copy())
+                yield Row(first, own.copy(), memory=None if told is None else told[0])
 
     for _ in clock.each("decode", decode_rows(backend, rows(), rules)):
         pass
     return clock.seconds["encode"], sum(clock.seconds.values())
 
 
-def _decode(backend: Backend, states: FloatArray, rows: int, steps: int) -> float:
+def _decode(backend: Backend, states: FloatArray, rows: int, steps: int, model: ModelSpec) -> float:
     """Milliseconds of one step over `rows` rows, over `steps` steps from the start."""
-    backend.admit(0, np.repeat(states, rows, axis=0))
+    backend.admit(0, np.repeat(states, rows, axis=0), first_memory(model, rows))
     tokens = np.zeros(rows, np.int32)
     started = perf_counter()
     for position in range(steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
@@ -9,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from mt3_runtime.decoding import DecodingRules, Row, decode_rows
 from mt3_runtime.errors import OptionError
+from mt3_runtime.memory import first_memory
 from mt3_runtime.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mt3_runtime.arrays import FloatArray
+    from mt3_runtime.arrays import FloatArray, IntArray
     from mt3_runtime.backends import Backend
+    from mt3_runtime.specs import ModelSpec
 
 LONG = 0.5  # of the longest length: rows from here on count as long ones
 
@@ -47,14 +50,14 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def bench_lengths(
-    backend: Backend, states: FloatArray, start_token: int, lengths: Sequence[int], repeat: int
+    backend: Backend, states: FloatArray, model: ModelSpec, lengths: Sequence[int], repeat: int
 ) -> dict[str, Any]:
     """Decode all rows with the lengths given, the long rows among them alone, and all rows at the longest length.
 
     Args:
         backend: computes.
         states: of every row [rows, frames, d_model].
-        start_token: what every row begins with.
+        model: what every row begins with.
         lengths: steps of each row, repeated as often as needed.
         repeat: rounds over the three, after one that is not counted; medians are reported.
 
@@ -68,13 +71,17 @@ def bench_lengths(
     longest = max(lengths)
     if longest > backend.length:
         raise OptionError(f"{longest} steps are more than the model's {backend.length}: give smaller --lengths")
-    given = [Row(index, own, limit) for index, (own, limit) in enumerate(zip(states, cycle(lengths), strict=False))]
+    told = first_memory(model, 1)
+    memory = None if told is None else told[0]
+    given = [
+        Row(index, own, limit, memory) for index, (own, limit) in enumerate(zip(states, cycle(lengths), strict=False))
+    ]
     runs = {
         "given": given,
         "long_alone": [row for row in given if _length(row) >= LONG * longest],
-        "all_long": [Row(row.key, row.states, longest) for row in given],
+        "all_long": [replace(row, limit=longest) for row in given],
     }
-    rules = DecodingRules(start_token, None, longest)
+    rules = DecodingRules(model.start_token, None, longest)
     rounds = [{name: _timed(backend, rows, rules) for name, rows in runs.items()} for _ in range(repeat + 1)][1:]
     result: dict[str, Any] = {
         name: {
@@ -113,9 +120,9 @@ class _Timed:
         self.precision, self.threads = backend.precision, backend.threads
         self.encode, self.step, self.move = backend.encode, backend.step, backend.move
 
-    def admit(self, first: int, states: FloatArray) -> None:
+    def admit(self, first: int, states: FloatArray, memory: IntArray | None = None) -> None:
         with self._clock.stage("admit"):
-            self._backend.admit(first, states)
+            self._backend.admit(first, states, memory)
 
 
 def _timed(backend: Backend, rows: Sequence[Row[int]], rules: DecodingRules) -> dict[str, float]:

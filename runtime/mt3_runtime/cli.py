@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mt3-runtime {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_transcribe(commands)
+    _add_stream(commands)
     _add_bench(commands)
     _add_doctor(commands)
     _add_demo(commands)
@@ -65,6 +66,21 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: the usable cores)")
 
 
+def _add_note_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--strict-upstream",
+        choices=("on", "off"),
+        default="off",
+        help="YourMT3: make the notes that the authors' code makes, also where it loses some (default: off)",
+    )
+    parser.add_argument(
+        "--programs",
+        choices=("merged", "fine"),
+        default="merged",
+        help="YourMT3: instruments of the MIDI file, merged to classes as the authors' are, or fine (default: merged)",
+    )
+
+
 def _add_slots(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slots", type=positive, metavar="N", help="rows side by side (default: by model and device)")
 
@@ -79,22 +95,24 @@ def _add_transcribe(commands: Commands) -> None:
     parser.add_argument(
         "--formats", default="mid", metavar="LIST", help="with --output-dir: some of mid,json,png (default: mid)"
     )
-    parser.add_argument(
-        "--strict-upstream",
-        choices=("on", "off"),
-        default="off",
-        help="YourMT3: make the notes that the authors' code makes, also where it loses some (default: off)",
-    )
-    parser.add_argument(
-        "--programs",
-        choices=("merged", "fine"),
-        default="merged",
-        help="YourMT3: instruments of the MIDI file, merged to classes as the authors' are, or fine (default: merged)",
-    )
+    _add_note_options(parser)
     _add_slots(parser)
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     _add_model_options(parser)
     parser.set_defaults(command=_transcribe)
+
+
+def _add_stream(commands: Commands) -> None:
+    parser = commands.add_parser("stream", help="raw samples from standard input to notes, while they come")
+    parser.add_argument("--rate", type=positive, required=True, metavar="HZ", help="of the samples")
+    parser.add_argument("--channels", type=positive, default=1, metavar="N", help="interleaved (default: 1)")
+    parser.add_argument(
+        "--format", choices=("s16le", "s32le", "f32le"), default="s16le", help="of a sample (default: s16le)"
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT.mid", help="MIDI file, written at the end")
+    _add_note_options(parser)
+    _add_model_options(parser)
+    parser.set_defaults(command=_stream)
 
 
 def _add_bench(commands: Commands) -> None:
@@ -108,6 +126,15 @@ def _add_bench(commands: Commands) -> None:
         metavar="LIST",
         help="steps of each row, for example 32,32,32,2,2,2 (or a file with such a list), repeated as often as needed: "
         "times rows that end early, in place of --steps",
+    )
+    parser.add_argument(
+        "--songs", type=positive, metavar="N", help="N songs of so many segments side by side, and one alone"
+    )
+    parser.add_argument(
+        "--streams",
+        type=positive,
+        metavar="N",
+        help="N live streams of so many segments: how long after its last sample a segment's notes are there",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     _add_model_options(parser)
@@ -138,11 +165,18 @@ def _transcribe(arguments: argparse.Namespace) -> int:
     return FAILED if failures else 0
 
 
+def _stream(arguments: argparse.Namespace) -> int:
+    from mt3_runtime.stream_command import stream_notes  # noqa: PLC0415
+
+    stream_notes(arguments, sys.stdin.buffer, sys.stdout)
+    return 0
+
+
 def _bench(arguments: argparse.Namespace) -> int:
     from mt3_runtime.bench import BenchOptions, bench, to_text  # noqa: PLC0415
     from mt3_runtime.bench_lengths import parse_lengths  # noqa: PLC0415
 
-    names = ("bundle", "device", "threads", "segments", "steps", "repeat", "slots")
+    names = ("bundle", "device", "threads", "segments", "steps", "repeat", "slots", "songs", "streams")
     lengths = None if arguments.lengths is None else parse_lengths(arguments.lengths)
     result = bench(BenchOptions(**{name: getattr(arguments, name) for name in names}, lengths=lengths))
     print(json.dumps(result) if arguments.json else to_text(result))

@@ -1,7 +1,8 @@
 """Schedules rows over a fixed number of slots: each steps at its own position and leaves when it ends.
 
 A row is one autoregressive sequence: an MT3 segment, or one channel of a YourMT3 segment. Rows of any segments,
-channels and files wait in one queue. Live rows stay contiguous, so a step costs what the live rows cost; a waiting
+channels, files and live streams wait in one queue; a row that must first hear what became of another one joins it
+then. Live rows stay contiguous, so a step costs what the live rows cost; a waiting
 row takes a place the moment one is free: cross-KV costs as much for rows one by one as for a group, so that waiting
 for company gains nothing. What a row decodes never depends on its neighbours.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
@@ -35,12 +36,14 @@ class Row(Generic[Key]):
     """A sequence to decode: who it is, and its encoder states [frames, d_model].
 
     The states are kept until the row ends: give an array of its own, not a view that keeps a whole group alive.
-    `limit` stops this row earlier than `DecodingRules.max_tokens` does.
+    `limit` stops this row earlier than `DecodingRules.max_tokens` does. `memory`: what the row is told of the segment
+    before it, int32 [span], for models that have one; of all rows or of none.
     """
 
     key: Key
     states: FloatArray
     limit: int | None = None
+    memory: IntArray | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +100,7 @@ class _Live(Generic[Key]):
 
 def decode_rows(
     backend: Backend,
-    rows: Iterable[Row[Key]],
+    rows: Iterable[Row[Key] | None],
     rules: DecodingRules,
     *,
     wanted: Callable[[Key], bool] = lambda _: True,
@@ -106,7 +109,7 @@ def decode_rows(
 
     Args:
         backend: has the slots.
-        rows: the queue; its keys come back with the results.
+        rows: the queue; its keys come back with the results. None: the next row waits for one that is being decoded.
         rules: how every row starts and ends.
         wanted: asked for the key of every live row after rows were taken, as it is then that a source may fail; a
             row that is not wanted leaves without a result.
@@ -114,23 +117,55 @@ def decode_rows(
     Raises:
         OptionError: `rules` ask for more positions than the backend's cache has.
     """
-    if rules.max_tokens > backend.length:
-        raise OptionError(f"{rules.max_tokens} tokens a row do not fit a cache of {backend.length}: ask for fewer")
-    queue = _Queue(iter(rows), wanted)
-    slots: list[_Live[Key]] = []
-    holes: list[int] = []
-    while True:
-        _fill(backend, slots, holes, queue)
-        if not slots and queue.is_empty:
-            return
-        with _shared_by(slots):
-            ends = _step(backend, slots, rules) if slots else []
-        holes = []
+    decoder = RowDecoder(backend, rows, rules, wanted=wanted)
+    while not decoder.is_finished:
+        yield from decoder.advance()
+        if decoder.is_idle and not decoder.is_finished:
+            raise AssertionError("the next row waits for one that nobody decodes")
+
+
+class RowDecoder(Generic[Key]):
+    """`decode_rows` step by step, for whoever has other things to do in between.
+
+    Here the source may say None at any time: no row is ready now. It is asked again before the next step.
+    `is_idle`: in the last step no row was live, and none was ready.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        rows: Iterable[Row[Key] | None],
+        rules: DecodingRules,
+        *,
+        wanted: Callable[[Key], bool] = lambda _: True,
+    ) -> None:
+        if rules.max_tokens > backend.length:
+            raise OptionError(f"{rules.max_tokens} tokens a row do not fit a cache of {backend.length}: ask for fewer")
+        self._backend, self._rules = backend, rules
+        self._queue = _Queue(iter(rows), wanted)
+        self._slots: list[_Live[Key]] = []
+        self._holes: list[int] = []  # places of rows that ended in the last step
+        self.is_idle = False
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every row of the source was decoded."""
+        return self.is_idle and self._queue.is_empty
+
+    def advance(self) -> list[DecodedRow[Key]]:
+        """Give free slots to rows that are ready, then decode one token of every live row: the rows that ended."""
+        _fill(self._backend, self._slots, self._holes, self._queue)
+        self.is_idle = not self._slots and self._queue.is_dry
+        self._holes = []
+        with _shared_by(self._slots):
+            ends = _step(self._backend, self._slots, self._rules) if self._slots else []
+        decoded = []
         for place, status in enumerate(ends):
             if status is not None:
-                holes.append(place)
-                if decoded := _leave(slots, place, status, queue):
-                    yield decoded
+                self._holes.append(place)
+                if row := _leave(self._slots, place, status, self._queue):
+                    decoded.append(row)
+        return decoded
 
 
 _GONE: _Live[Any] = _Live(Row(None, np.empty(0, np.float32)), attempt=0)
@@ -138,17 +173,29 @@ _GONE: _Live[Any] = _Live(Row(None, np.empty(0, np.float32)), attempt=0)
 
 @dataclass(slots=True)
 class _Queue(Generic[Key]):
-    """Rows that wait: those to be decoded once more, then those of the source."""
+    """Rows that wait: those to be decoded once more, then those of the source.
 
-    source: Iterator[Row[Key]]
+    `is_dry`: fewer were there than were asked for; `is_empty`: and the source has ended.
+    """
+
+    source: Iterator[Row[Key] | None]
     wanted: Callable[[Key], bool]
     again: list[_Live[Key]] = field(default_factory=list)
+    is_dry: bool = False
     is_empty: bool = False
 
     def take(self, count: int) -> list[_Live[Key]]:
         taken = [self.again.pop() for _ in range(min(count, len(self.again)))]
-        taken += [_Live(row, attempt=1) for row in islice(self.source, count - len(taken))]
-        self.is_empty = len(taken) < count
+        rows = [] if len(taken) == count else self.source
+        for row in rows:
+            if row is None:
+                break
+            taken.append(_Live(row, attempt=1))
+            if len(taken) == count:
+                break
+        else:
+            self.is_empty = len(taken) < count
+        self.is_dry = len(taken) < count
         return [live for live in taken if self.wanted(live.row.key)]  # of those taken first, too: it may change
 
 
@@ -211,7 +258,12 @@ def _place(backend: Backend, slots: list[_Live[Key]], holes: list[int], fresh: l
         slots[place : place + 1] = [live]
     for _, run in groupby(enumerate(places), key=lambda pair: pair[1] - pair[0]):
         neighbours = [place for _, place in run]
-        backend.admit(neighbours[0], np.stack([slots[place].row.states for place in neighbours]))
+        _admit(backend, neighbours[0], [slots[place].row for place in neighbours])
+
+
+def _admit(backend: Backend, first: int, rows: Sequence[Row[Any]]) -> None:
+    memories = [row.memory for row in rows if row.memory is not None]
+    backend.admit(first, np.stack([row.states for row in rows]), np.stack(memories) if memories else None)
 
 
 def _close_holes(backend: Backend, slots: list[_Live[Any]], holes: list[int]) -> None:

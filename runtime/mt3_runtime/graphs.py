@@ -2,7 +2,7 @@
 
 The exporter traces against it, bundles record it, backends bind by it. A dimension is a number, or the name of
 an axis that may take any size: `segments` and `rows` count sequences, `length` is the room of the self-attention
-cache in positions.
+cache in positions, `written` the number of tokens before all others are fill.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from mt3_runtime.specs import FeatureSpec, ModelSpec
+    from mt3_runtime.specs import FeatureSpec, MemorySpec, ModelSpec
 
 DType = Literal["float32", "int32"]
-GRAPH_NAMES = ("encoder", "cross_kv", "decode_step")
+GRAPH_NAMES = ("encoder", "cross_kv", "decode_step")  # of every model
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +62,42 @@ def encoder_spec(model: ModelSpec, features: FeatureSpec) -> GraphSpec:
     )
 
 
-def cross_kv_spec(model: ModelSpec, features: FeatureSpec) -> GraphSpec:
-    """Encoder states of some rows to the keys and values that every decoder layer attends to."""
-    frames = features.segment_frames
+def memory_spec(model: ModelSpec, memory: MemorySpec) -> GraphSpec:
+    """Tokens of the segment before to the vectors that the decoder is told of it.
+
+    `written` is at least `memory.length` and at most `memory.span`: the tokens from there to the span are fill, and
+    cost nothing.
+    """
     return GraphSpec(
-        "cross_kv",
-        (TensorSpec("states", "float32", ("rows", frames, model.d_model)),),
-        layer_tensors("cross", model.decoder_layers, ("rows", model.num_heads, frames, model.d_kv)),
+        "memory",
+        (TensorSpec("tokens", "int32", ("rows", "written")),),
+        (TensorSpec("memory", "float32", ("rows", memory.length, model.d_model)),),
     )
+
+
+def cross_kv_spec(model: ModelSpec, features: FeatureSpec) -> GraphSpec:
+    """Encoder states of some rows, and vectors of memory behind them, to what every decoder layer attends to."""
+    states = [TensorSpec("states", "float32", ("rows", features.segment_frames, model.d_model))]
+    if model.extra_context:
+        states.append(TensorSpec("memory", "float32", ("rows", model.extra_context, model.d_model)))
+    return GraphSpec("cross_kv", tuple(states), layer_tensors("cross", model.decoder_layers, _cross(model, features)))
+
+
+def prefix_spec(model: ModelSpec, features: FeatureSpec) -> GraphSpec:
+    """Vectors before the first token to what every decoder layer keeps of them in its cache."""
+    shape = ("rows", model.num_heads, model.prefix_length, model.d_kv)
+    return GraphSpec(
+        "prefix",
+        (
+            TensorSpec("memory", "float32", ("rows", model.prefix_length, model.d_model)),
+            *layer_tensors("cross", model.decoder_layers, _cross(model, features)),
+        ),
+        layer_tensors("prefix", model.decoder_layers, shape),
+    )
+
+
+def _cross(model: ModelSpec, features: FeatureSpec) -> tuple[int | str, ...]:
+    return ("rows", model.num_heads, features.segment_frames + model.extra_context, model.d_kv)
 
 
 def decode_step_spec(model: ModelSpec, features: FeatureSpec) -> GraphSpec:
@@ -78,6 +106,7 @@ def decode_step_spec(model: ModelSpec, features: FeatureSpec) -> GraphSpec:
     `present_*` may share memory with `self_*`: only the entry at each row's position is written. What stands behind
     a row's position may be anything up to 1e30, and does not count.
     `log_prob` is the log-probability of `next_token`, NaN when any logit of the row is not finite.
+    `position` counts from the first entry of the cache: a row with a prefix has its first token behind that.
     `logits` is there for verification; a backend that does not bind it does not pay for it.
     """
     layers, heads, width = model.decoder_layers, model.num_heads, model.d_kv
@@ -87,7 +116,7 @@ def decode_step_spec(model: ModelSpec, features: FeatureSpec) -> GraphSpec:
         (
             TensorSpec("token", "int32", ("rows",)),
             TensorSpec("position", "int32", ("rows",)),
-            *layer_tensors("cross", layers, ("rows", heads, features.segment_frames, width)),
+            *layer_tensors("cross", layers, _cross(model, features)),
             *layer_tensors("self", layers, cache),
         ),
         (
@@ -101,5 +130,11 @@ def decode_step_spec(model: ModelSpec, features: FeatureSpec) -> GraphSpec:
 
 def graph_specs(model: ModelSpec, features: FeatureSpec) -> dict[str, GraphSpec]:
     """Every graph of a model, by name, in the order of the data flow."""
-    specs = (encoder_spec(model, features), cross_kv_spec(model, features), decode_step_spec(model, features))
+    specs = [encoder_spec(model, features)]
+    if model.memory:
+        specs.append(memory_spec(model, model.memory))
+    specs.append(cross_kv_spec(model, features))
+    if model.prefix_length:
+        specs.append(prefix_spec(model, features))
+    specs.append(decode_step_spec(model, features))
     return {spec.name: spec for spec in specs}

@@ -11,6 +11,7 @@ from mt3_runtime.bundle import DEMO_NAME, demo_bundle_path, open_bundle
 from mt3_runtime.devices import DEVICES, default_slots
 from mt3_runtime.errors import DeviceError, OptionError
 from mt3_runtime.families import check_options
+from mt3_runtime.memory import SongMemory
 from mt3_runtime.transcriber import Transcriber
 
 if TYPE_CHECKING:
@@ -58,9 +59,11 @@ def load(
 
 def warm_up(transcriber: Transcriber) -> None:
     """Run every graph once on one segment of silence."""
-    features, backend = transcriber.bundle.manifest.features, transcriber.backend
+    manifest, backend = transcriber.bundle.manifest, transcriber.backend
+    model, features = manifest.model, manifest.features
     silence = np.zeros((1, features.segment_samples), np.float32)
     states = backend.encode(transcriber.extractor(silence, [features.segment_frames]))
-    backend.admit(0, states[0, :1])
+    told = SongMemory(model, model.memory).ids_for(0) if model.memory else None
+    backend.admit(0, states[0, :1], None if told is None else told[None])
     start = np.array([transcriber.rules.start_token], np.int32)
     backend.step(start, np.zeros(1, np.int32))

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mt3_runtime.graphs import GraphSpec, graph_specs
-from mt3_runtime.specs import FeatureSpec, ModelSpec, VocabularySpec, require
+from mt3_runtime.specs import FeatureSpec, MemorySpec, ModelSpec, VocabularySpec, require
 from mt3_runtime.strict import build, parse_json
 
-FORMAT, VERSION = "mt3-runtime-bundle", 2
+FORMAT, VERSION = "mt3-runtime-bundle", 3
 MANIFEST_NAME = "manifest.json"
 MANIFEST_LIMIT = 64 * 1024  # bytes
 SIZE_LIMIT = 2**20  # of any one size or constant of a spec
@@ -89,18 +89,20 @@ class Manifest:
     def _check_sizes(self) -> None:
         """What a manifest asks for must fit a machine, whoever wrote it."""
         model, features = self.model, self.features
-        for spec in (model, features, self.vocabulary):
+        specs: list[ModelSpec | FeatureSpec | VocabularySpec | MemorySpec] = [model, features, self.vocabulary]
+        for spec in [*specs, model.memory] if model.memory else specs:
             for field in dataclasses.fields(spec):
                 value = getattr(spec, field.name)
                 fits = not isinstance(value, int) or value <= SIZE_LIMIT
                 require(fits, f"{field.name} is larger than {SIZE_LIMIT}: export the bundle again")
-        positions = max(model.max_length, features.segment_frames)
+        positions = max(model.positions, features.segment_frames + model.extra_context)
         widest = max(features.hop_length, features.fft_length, features.bins, model.d_model)
         arrays = {
             "cache of a row": model.decoder_layers * model.num_heads * positions * model.d_kv,
             "segment": features.segment_frames * widest,
             "encoder state": model.channels * features.segment_frames * model.d_model,
             "mel matrix": features.fft_length * features.bins,
+            "memory": (model.memory.span if model.memory else 0) * max(model.d_model, model.num_heads * model.d_kv),
         }
         for name, count in arrays.items():
             require(count <= ROOM_LIMIT, f"a {name} would take {count} numbers: export the bundle again")

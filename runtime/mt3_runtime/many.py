@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mt3_runtime.decoding import decode_rows
 from mt3_runtime.errors import Mt3Error, OptionError
 from mt3_runtime.piece import Piece
+from mt3_runtime.reading import rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class ManyPieces:
-    """The pieces under way: those with rows in slots, and the one that is being read."""
+    """The pieces under way: those with rows in slots, and those that are being read."""
 
     def __init__(self, transcriber: Transcriber, sources: Iterable[Item], progress: ManyProgress | None) -> None:
         if isinstance(sources, str | bytes | os.PathLike) or not isinstance(sources, Iterable):
@@ -35,6 +36,7 @@ class ManyPieces:
         self._transcriber, self._sources, self._progress = transcriber, sources, progress
         self._pieces: dict[int, Piece] = {}
         self._notes: dict[int, list[list[Note]]] = {}  # of each segment that is done
+        self._reading: dict[int, Generator[Row[RowKey] | None, None, None]] = {}
         self._failed: list[Outcome] = []
 
     def results(self) -> Iterator[Outcome]:
@@ -46,16 +48,54 @@ class ManyPieces:
                 yield from self._take(row)
         yield from self._failures()
 
-    def _rows(self) -> Generator[Row[RowKey], None, None]:
-        for number, source in enumerate(self._sources):
+    def _rows(self) -> Generator[Row[RowKey] | None, None, None]:
+        """Rows of the first piece that has one ready; the next source is opened when none has.
+
+        That is one file at a time, or one for every slot where segments wait for those before them.
+        """
+        sources = enumerate(self._sources)
+        try:
+            while True:
+                row = self._ready_row()
+                if row is None and len(self._reading) < self._transcriber.backend.slots and self._open_next(sources):
+                    continue
+                if row is None and not self._reading:
+                    return
+                yield row
+        finally:
+            for rows in self._reading.values():
+                rows.close()
+
+    def _ready_row(self) -> Row[RowKey] | None:
+        for number, rows in list(self._reading.items()):
             try:
-                piece = Piece(self._transcriber, *_audio_and_rate(source), number=number)
-                self._pieces[number], self._notes[number] = piece, []
-                with closing(piece.rows()) as rows:
-                    yield from rows
+                row = next(rows)
+            except StopIteration:
+                del self._reading[number]
             except Mt3Error as error:
-                self._forget(number)
-                self._failed.append((number, error))
+                del self._reading[number]
+                self._fail(number, error)
+            else:
+                if row is not None:
+                    return row
+        return None
+
+    def _open_next(self, sources: Iterator[tuple[int, Item]]) -> bool:
+        for number, source in sources:
+            try:
+                audio, rate = _audio_and_rate(source)
+            except Mt3Error as error:
+                self._fail(number, error)
+                continue
+            piece = Piece(self._transcriber, number=number)
+            self._pieces[number], self._notes[number] = piece, []
+            self._reading[number] = rows_of(piece, audio, rate)
+            return True
+        return False
+
+    def _fail(self, number: int, error: Mt3Error) -> None:
+        self._forget(number)
+        self._failed.append((number, error))
 
     def _failures(self) -> Iterator[Outcome]:
         while self._failed:

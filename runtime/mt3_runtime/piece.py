@@ -1,36 +1,32 @@
-"""One piece of audio on its way through the model: rows go out, decoded rows come back and become notes."""
+"""One piece of audio on its way through the model: segments come, rows go out, decoded rows become notes."""
 
 from __future__ import annotations
 
-import os
-from contextlib import closing
-from dataclasses import dataclass
-from itertools import islice
+from collections import deque
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mt3_runtime.audio import open_audio, prepare_audio
 from mt3_runtime.decoding import Row
 from mt3_runtime.devices import encode_group
-from mt3_runtime.errors import OptionError
+from mt3_runtime.memory import SongMemory
 from mt3_runtime.midi import midi_warnings
 from mt3_runtime.note_decoding import SegmentTokens
 from mt3_runtime.notes import sort_notes
-from mt3_runtime.segments import iter_segments, segment_count, stream_segments
 from mt3_runtime.stopwatch import Stopwatch
 from mt3_runtime.transcription import Provenance, SegmentNotes, Transcription
-from mt3_runtime.unfinished import Unfinished
+from mt3_runtime.unfinished import Unfinished, ranges
 from mt3_runtime.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
-    from mt3_runtime.arrays import FloatArray
     from mt3_runtime.decoding import DecodedRow, Status
+    from mt3_runtime.manifest import Manifest
     from mt3_runtime.notes import Note
     from mt3_runtime.segments import Segment
-    from mt3_runtime.transcriber import Source, Transcriber
+    from mt3_runtime.transcriber import Transcriber
 
 
 STAGES = ("read", "features", "encode", "decode", "notes")
@@ -56,44 +52,71 @@ class _UnderWay:
 class Piece:
     """One pass over one piece of audio, and what there is to tell of it.
 
-    Only segments that are being decoded are held, and of a file the block that is being cut.
+    Whoever reads the audio says in `samples` how many have come, and in `expected` how many segments there will be as
+    far as is known. Only segments that wait or are being decoded are held.
     """
 
-    def __init__(self, transcriber: Transcriber, audio: Source, sample_rate: int | None, *, number: int = 0) -> None:
-        self.number, self.is_finished = number, False
-        self._transcriber, self._clock = transcriber, Stopwatch()
-        self._audio, self._sample_rate = audio, sample_rate
+    def __init__(self, transcriber: Transcriber, *, number: int = 0) -> None:
+        self.number, self.is_finished, self.clock = number, False, Stopwatch()
+        self.samples = self.expected = 0
+        self._transcriber = transcriber
         self._state = transcriber.new_note_state()
-        self._samples = self._expected = self._read = self._due = self._tokens = 0
+        self._read = self._due = self._tokens = 0
         self._decode_seconds = 0.0
+        self._cut: deque[Segment] = deque()
+        self._encoded: deque[Row[RowKey]] = deque()
         self._under_way: dict[int, _UnderWay] = {}
-        self._unfinished = Unfinished(transcriber.bundle.manifest.model.channels)
+        model = self.manifest.model
+        self._unfinished = Unfinished(model.channels)
+        self._memory = SongMemory(model, model.memory) if model.memory else None
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the model."""
+        return self._transcriber.bundle.manifest
 
     @property
     def count(self) -> int:
         """Segments: by the header until a file has been read to its end."""
-        return max(self._expected, self._read)
+        return max(self.expected, self._read)
 
-    def rows(self) -> Generator[Row[RowKey], None, None]:
-        """Read, cut and encode, one group of segments ahead of what is taken.
+    @property
+    def has_rows(self) -> bool:
+        """Whether rows are left, those included that wait for the segment before them."""
+        return bool(self._encoded or self._cut)
 
-        Raises:
-            AudioError: the audio cannot be read or is out of bounds.
-            OptionError: samples without a rate, or a file with one.
+    def add(self, segments: Iterable[Segment]) -> None:
+        """Take the next segments, in order of time."""
+        for segment in segments:
+            self._cut.append(segment)
+            self._read += 1
+            if segment.max_time is None:
+                self.expected = self._read
+
+    def next_row(self) -> Row[RowKey] | None:
+        """The next row, None where there is none, or where it has to wait until the segment before it is decoded.
+
+        Segments are encoded here, a group at a time, and ahead of those that wait.
         """
-        size, backend = encode_group(self._transcriber.bundle.manifest), self._transcriber.backend
-        with closing(self._segments()) as cut:
-            segments = self._clock.each("read", cut)
-            while group := list(islice(segments, size)):
-                with self._clock.stage("features"):
-                    samples = np.stack([segment.samples for segment in group])
-                    features = self._transcriber.extractor(samples, [segment.frames for segment in group])
-                with self._clock.stage("encode"):
-                    states = backend.encode(features)  # [segments, channels, frames, d_model]
-                for segment, channels in zip(group, states, strict=True):
-                    self._under_way[segment.index] = _UnderWay(segment.start, segment.max_time, [None] * len(channels))
-                    for channel, own in enumerate(channels):
-                        yield Row(RowKey(self.number, segment.index, channel), own.copy())
+        if not self._encoded and self._cut:
+            self._encode([self._cut.popleft() for _ in range(min(len(self._cut), encode_group(self.manifest)))])
+        if not self._encoded:
+            return None
+        if self._memory is None:
+            return self._encoded.popleft()
+        memory = self._memory.ids_for(self._encoded[0].key.segment)
+        return None if memory is None else replace(self._encoded.popleft(), memory=memory)
+
+    def _encode(self, group: list[Segment]) -> None:
+        with self.clock.stage("features"):
+            samples = np.stack([segment.samples for segment in group])
+            features = self._transcriber.extractor(samples, [segment.frames for segment in group])
+        with self.clock.stage("encode"):
+            states = self._transcriber.backend.encode(features)  # [segments, channels, frames, d_model]
+        for segment, channels in zip(group, states, strict=True):
+            self._under_way[segment.index] = _UnderWay(segment.start, segment.max_time, [None] * len(channels))
+            for channel, own in enumerate(channels):
+                self._encoded.append(Row(RowKey(self.number, segment.index, channel), own.copy()))
 
     def take(self, row: DecodedRow[RowKey]) -> Iterator[SegmentNotes]:
         """Receive one decoded row; yields the segments that are complete now, in order of time."""
@@ -101,41 +124,15 @@ class Piece:
         self._tokens += len(row.tokens)
         self._unfinished.note(row.key.segment, row.key.channel, row.status)
         self._under_way[row.key.segment].rows[row.key.channel] = row
+        if self._memory:
+            self._memory.keep(row.key.segment, row)
         while self._due in self._under_way:
             rows = [row for row in self._under_way[self._due].rows if row is not None]
             if len(rows) < len(self._under_way[self._due].rows):
                 return
-            with self._clock.stage("notes"):
+            with self.clock.stage("notes"):
                 segment = self._complete(self._under_way.pop(self._due), rows)
             self._due += 1
-            yield segment
-
-    def _segments(self) -> Generator[Segment, None, None]:
-        manifest = self._transcriber.bundle.manifest
-        features, vocabulary = manifest.features, manifest.vocabulary
-        if isinstance(self._audio, str | os.PathLike):
-            if self._sample_rate is not None:
-                raise OptionError("a sample rate was given for a file, which has its own: leave sample_rate out")
-            with open_audio(self._audio, sample_rate=features.sample_rate) as stream:
-                self._expected = segment_count(stream.expected, features)
-                yield from self._counted(stream_segments(self._measured(stream.blocks), features, vocabulary))
-        else:
-            if self._sample_rate is None:
-                raise OptionError("samples were given without their rate: pass sample_rate in Hz")
-            audio = prepare_audio(self._audio, self._sample_rate, sample_rate=features.sample_rate)
-            self._samples, self._expected = len(audio), segment_count(len(audio), features)
-            yield from self._counted(iter_segments(audio, features, vocabulary))
-
-    def _measured(self, blocks: Iterable[FloatArray]) -> Iterator[FloatArray]:
-        for block in blocks:
-            self._samples += len(block)
-            yield block
-
-    def _counted(self, segments: Iterable[Segment]) -> Iterator[Segment]:
-        for segment in segments:
-            self._read += 1
-            if segment.max_time is None:
-                self._expected = self._read
             yield segment
 
     def _complete(self, segment: _UnderWay, rows: list[DecodedRow[RowKey]]) -> SegmentNotes:
@@ -146,22 +143,26 @@ class Piece:
             self.is_finished = True
         statuses: set[Status] = {row.status for row in rows}
         worst = next(status for status in ("failed", "truncated", "ended") if status in statuses)
-        return SegmentNotes(self._due, self.count, segment.start, tuple(notes), worst)
+        return SegmentNotes(self._due, self.count, segment.start, tuple(notes), worst, self.is_finished)
 
     @property
     def _duration(self) -> float:
-        return self._samples / self._transcriber.bundle.manifest.features.sample_rate
+        return self.samples / self.manifest.features.sample_rate
+
+    @property
+    def _restarts(self) -> tuple[int, ...]:
+        return self._memory.restarts(self._read) if self._memory else ()
 
     def result(self, notes: list[Note]) -> Transcription:
         """Everything about the finished pass; `notes` are those of all its segments."""
         transcriber, backend = self._transcriber, self._transcriber.backend
-        with self._clock.stage("notes"):
+        with self.clock.stage("notes"):
             notes = sort_notes(notes)
             warnings = self._warnings(notes)
-        seconds = self._clock.seconds | {"decode": self._decode_seconds}
+        seconds = self.clock.seconds | {"decode": self._decode_seconds}
         statistics = self._state.statistics
         provenance = Provenance(
-            model=transcriber.bundle.manifest.model.name,
+            model=self.manifest.model.name,
             bundle=transcriber.name,
             bundle_sha256=transcriber.bundle.sha256,
             device=backend.device,
@@ -177,16 +178,19 @@ class Piece:
             dropped_events=statistics.dropped_events,
             truncated_segments=self._unfinished.segments("truncated"),
             failed_segments=self._unfinished.segments("failed"),
+            memory_restarts=self._restarts,
             strict_upstream=transcriber.strict_upstream,
             warnings=warnings,
         )
         return Transcription(tuple(notes), self._duration, provenance, transcriber.midi_style)
 
     def _warnings(self, notes: list[Note]) -> tuple[str, ...]:
-        notice = self._transcriber.bundle.manifest.origin.notice
+        notice = self.manifest.origin.notice
+        restarts = ranges(self._restarts)
         return (
             *([notice] if notice else []),
             *self._unfinished.warnings(self._transcriber.rules.max_tokens),
+            *([f"segments {restarts} know nothing of what was before: it failed"] if restarts else []),
             *self._state.warnings,
             *([] if notes else ["no notes were found"]),
             *midi_warnings(notes, style=self._transcriber.midi_style),

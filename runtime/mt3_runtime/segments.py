@@ -94,8 +94,8 @@ def stream_segments(
 ) -> Iterator[Segment]:
     """Cut audio as `iter_segments` does, while it is read, within the memory of one block.
 
-    A segment goes out when more samples have come than it holds, the last ones when the blocks are at their end: an
-    error at the end of a file is raised before its last segment.
+    A segment goes out as soon as it cannot be the last one (`SegmentCutter`), the last ones when the blocks are at
+    their end: an error at the end of a file is raised before its last segment.
 
     Args:
         blocks: [samples] at `features.sample_rate`, of any lengths; segments are views of them where they can be.
@@ -105,29 +105,52 @@ def stream_segments(
     Returns:
         An iterator over at least one segment, in order of time.
     """
-    size = features.segment_samples
-    rest, index = np.empty(0, np.float32), 0
+    cutter = SegmentCutter(features, vocabulary)
     for block in blocks:
-        rest = np.concatenate([rest, block]) if rest.size else block
-        while len(rest) > size:
+        yield from cutter.cut(block)
+    yield from cutter.end()
+
+
+class SegmentCutter:
+    """Cuts audio that comes in blocks; holds less than a segment of it.
+
+    MT3 lets a segment go when its last sample has come: after it there is at least one of zeros. YourMT3 lets it go
+    with the first sample of the next one, as it may be the last.
+    """
+
+    def __init__(self, features: FeatureSpec, vocabulary: VocabularySpec) -> None:
+        self._features, self._vocabulary = features, vocabulary
+        self._least = features.segment_samples + features.centred
+        self._rest, self._index = np.empty(0, np.float32), 0
+
+    def cut(self, block: NDArray[np.float32]) -> Iterator[Segment]:
+        """Yield the segments that `block` [samples] completes; views of it where they can be."""
+        size, features, vocabulary = self._features.segment_samples, self._features, self._vocabulary
+        self._rest = np.concatenate([self._rest, block]) if self._rest.size else block
+        while len(self._rest) >= self._least:
+            index, samples = self._index, self._rest[:size]
+            self._rest, self._index = self._rest[size:], index + 1
             yield Segment(
                 index=index,
-                samples=_frozen(rest[:size]),
+                samples=_frozen(samples),
                 frames=features.segment_frames,
                 start=segment_start(index, features, vocabulary),
                 max_time=segment_start(index + 1, features, vocabulary),
             )
-            rest, index = rest[size:], index + 1
-    samples = index * size + len(rest)
-    for last in range(index, count := segment_count(samples, features)):
-        yield Segment(
-            index=last,
-            samples=_frozen(np.concatenate([rest, np.zeros(size - len(rest), np.float32)])),
-            frames=_real_frames(last, samples, features),
-            start=segment_start(last, features, vocabulary),
-            max_time=None if last == count - 1 else segment_start(last + 1, features, vocabulary),
-        )
-        rest = rest[:0]  # a segment of zeros may follow
+
+    def end(self) -> Iterator[Segment]:
+        """Yield what is left: at least one segment, the last of all."""
+        size, features, vocabulary = self._features.segment_samples, self._features, self._vocabulary
+        samples, rest = self._index * size + len(self._rest), self._rest
+        for last in range(self._index, count := segment_count(samples, features)):
+            yield Segment(
+                index=last,
+                samples=_frozen(np.concatenate([rest, np.zeros(size - len(rest), np.float32)])),
+                frames=_real_frames(last, samples, features),
+                start=segment_start(last, features, vocabulary),
+                max_time=None if last == count - 1 else segment_start(last + 1, features, vocabulary),
+            )
+            rest = rest[:0]  # a segment of zeros may follow
 
 
 def _frozen(samples: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -12,6 +12,7 @@ YOURMT3_FRONTENDS = ("yourmt3_mel", "yourmt3_spectrum")
 FRONTENDS = MT3_FRONTENDS + YOURMT3_FRONTENDS
 FAMILIES = ("mt3", "yourmt3")
 POSITION_BASES = (255, 256)
+INJECTIONS = ("context", "prefix")
 
 
 def require(condition: bool, message: str) -> None:
@@ -31,6 +32,32 @@ def require_positive(owner: object, *names: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class MemorySpec:
+    """How a segment is told of the one before it: its tokens, summed up in vectors (MR-MT3 `models/t5_segmem*.py`).
+
+    `injection`: "context" puts the vectors behind the encoder states, for cross-attention (T5SegMemV2,
+    T5SegMemV2WithPrev); "prefix" puts them before the embedded tokens (T5SegMem).
+    `length` is the number of vectors that the decoder sees, `span` the number of tokens they are made from, which is
+    part of the result: shorter sequences are filled up with `fill_token`. The first segment of a piece of audio is told
+    of `first_tokens`, every other one of start token, tokens and, where it came, end token of the one before it.
+    """
+
+    injection: Literal["context", "prefix"]
+    length: int
+    span: int
+    fill_token: int
+    first_tokens: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        require(self.injection in INJECTIONS, f"unknown injection {self.injection!r}: use one of {INJECTIONS}")
+        require_positive(self, "length", "span")
+        require(
+            max(self.length, len(self.first_tokens)) <= self.span,
+            f"a memory of {self.span} tokens gives no {self.length} vectors: export the bundle again",
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """Sizes and constants of one encoder-decoder network.
 
@@ -40,6 +67,7 @@ class ModelSpec:
     `position_base` names the rule of the sinusoid's frequencies by what it gives at d_model 512: frequency i is
     10000^(-i/255) for weights trained by Magenta (magenta/mt3 `layers.py` divides by d_model/2 - 1), and
     10000^(-i/256) for those trained with the PyTorch ports (d_model/2).
+    `max_length` counts the tokens of a row. `memory`: None where segments know nothing of each other.
     """
 
     family: Literal["mt3", "yourmt3"]
@@ -56,6 +84,7 @@ class ModelSpec:
     start_token: int
     end_token: int
     channels: int = 1
+    memory: MemorySpec | None = None
 
     def __post_init__(self) -> None:
         require(self.family in FAMILIES, f"unknown model family {self.family!r}: use one of {FAMILIES}")
@@ -70,10 +99,29 @@ class ModelSpec:
             self.d_model % 2 == 0,
             f"d_model {self.d_model} is odd, but positions are sine and cosine halves: use an even one",
         )
-        for name in ("start_token", "end_token"):
-            token = getattr(self, name)
+        tokens = {"start_token": self.start_token, "end_token": self.end_token}
+        if self.memory:
+            require(self.channels == 1, "a memory of several channels is not defined: export the bundle again")
+            tokens |= {"fill_token": self.memory.fill_token}
+            tokens |= {f"first_tokens[{i}]": token for i, token in enumerate(self.memory.first_tokens)}
+        for name, token in tokens.items():
             inside = type(token) is int and 0 <= token < self.vocab_size
             require(inside, f"{name} {token!r} is outside the vocabulary: export the bundle again")
+
+    @property
+    def prefix_length(self) -> int:
+        """Vectors before the first token of a row: positions of its cache that are not tokens."""
+        return self.memory.length if self.memory and self.memory.injection == "prefix" else 0
+
+    @property
+    def extra_context(self) -> int:
+        """Vectors behind the encoder states that cross-attention sees too."""
+        return self.memory.length if self.memory and self.memory.injection == "context" else 0
+
+    @property
+    def positions(self) -> int:
+        """Positions of the longest row."""
+        return self.prefix_length + self.max_length
 
 
 @dataclass(frozen=True, slots=True)

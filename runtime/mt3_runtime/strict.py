@@ -89,6 +89,8 @@ def _build_union(choices: tuple[Any, ...], data: Any, where: str) -> Any:
     for choice in choices:
         if type(data) is choice:
             return _build_scalar(choice, data, where)
+        if dataclasses.is_dataclass(choice) and isinstance(data, dict):
+            return _build_dataclass(typing.cast("type", choice), data, where)
     names = " or ".join(choice.__name__ for choice in choices)
     raise BundleError(f"{where} is of type {type(data).__name__}, not {names}: export the bundle again")
 

@@ -57,20 +57,13 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
     if arguments.output_dir is not None:
         _make_folder(folder)
     for path in (path for job in jobs for path in job.outputs):
-        _check_writable(path)
+        check_writable(path)
     return jobs
 
 
 def transcribe_jobs(jobs: Sequence[Job], arguments: argparse.Namespace) -> int:
     """Transcribe every job; returns how many failed. A failed one is reported and keeps nobody else from being done."""
-    transcriber = load(
-        arguments.bundle,
-        arguments.device,
-        slots=arguments.slots,
-        threads=arguments.threads,
-        strict_upstream=arguments.strict_upstream == "on",
-        fine_programs=arguments.programs == "fine",
-    )
+    transcriber = load_asked(arguments, slots=arguments.slots)
     failures = 0
     for job, outcome, bar in _outcomes(transcriber, jobs, quiet=arguments.quiet):
         written = _save(job, outcome)
@@ -84,6 +77,18 @@ def transcribe_jobs(jobs: Sequence[Job], arguments: argparse.Namespace) -> int:
     if failures and len(jobs) > 1:
         print(f"mt3-run: {failures} of {len(jobs)} files failed, {len(jobs) - failures} were written", file=sys.stderr)
     return failures
+
+
+def load_asked(arguments: argparse.Namespace, slots: int | None = None) -> Transcriber:
+    """The model that the command line asks for."""
+    return load(
+        arguments.bundle,
+        arguments.device,
+        slots=slots,
+        threads=arguments.threads,
+        strict_upstream=arguments.strict_upstream == "on",
+        fine_programs=arguments.programs == "fine",
+    )
 
 
 def _outcomes(
@@ -136,10 +141,15 @@ def _tell(job: Job, transcription: Transcription, notices: Sequence[str]) -> Non
 
 
 def _check_suffixes(arguments: argparse.Namespace) -> None:
-    wanted = ((arguments.output, (".mid", ".midi")), (arguments.json, (".json",)), (arguments.picture, (".png",)))
-    for path, suffixes in wanted:
-        if path is not None and path.suffix.lower() not in suffixes:
-            raise OptionError(f"{path} does not end in {' or '.join(suffixes)}: name it so")
+    check_suffix(arguments.output, ".mid", ".midi")
+    check_suffix(arguments.json, ".json")
+    check_suffix(arguments.picture, ".png")
+
+
+def check_suffix(path: Path | None, *suffixes: str) -> None:
+    """Raise OptionError if a file was named and its name ends in none of `suffixes`."""
+    if path is not None and path.suffix.lower() not in suffixes:
+        raise OptionError(f"{path} does not end in {' or '.join(suffixes)}: name it so")
 
 
 def _check_clashes(jobs: Sequence[Job]) -> None:
@@ -163,7 +173,7 @@ def _make_folder(folder: Path) -> None:
         raise OutputError(f"cannot create folder {folder} ({error.strerror}): choose another --output-dir") from error
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Say now, not after the work, that a result cannot be written."""
     if path.is_dir():
         raise OutputError(f"{path} is a folder: name a file in it")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mt3_runtime.decoding import decode_rows
 from mt3_runtime.errors import OptionError
 from mt3_runtime.families import NoteState, check_options, decoding_rules, midi_style, new_note_state
 from mt3_runtime.features import feature_extractor
+from mt3_runtime.live import LiveStreams
 from mt3_runtime.many import ManyPieces
 from mt3_runtime.piece import Piece
+from mt3_runtime.reading import rows_of
 from mt3_runtime.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -80,9 +82,9 @@ class Transcriber:
             OptionError: samples without a rate, or a file with one.
         """
         with self._turn():
-            piece = Piece(self, audio, sample_rate)
+            piece = Piece(self)
             notes: list[Note] = []
-            for done, segment in enumerate(self._segments(piece), start=1):
+            for done, segment in enumerate(self._segments(piece, audio, sample_rate), start=1):
                 notes.extend(segment.notes)
                 if progress:
                     progress(done, segment.count)
@@ -95,7 +97,7 @@ class Transcriber:
         What is wrong in the middle of a file is raised when the reading comes to it, after the segments before it.
         """
         with self._turn():
-            yield from self._segments(Piece(self, audio, sample_rate))
+            yield from self._segments(Piece(self), audio, sample_rate)
 
     def transcribe_many(
         self, sources: Iterable[Item], *, progress: ManyProgress | None = None
@@ -107,7 +109,8 @@ class Transcriber:
 
         Args:
             sources: paths of sound files, or pairs of samples and their rate in Hz. They are taken one by one as
-                slots become free, and no more than one file is open at a time.
+                slots become free, and no more than one file is open at a time; of a model with memory, whose segments
+                wait for each other, as many as there are slots.
             progress: called after every segment with the index of its source, and the segments of that source that
                 are done, and their number.
 
@@ -117,13 +120,44 @@ class Transcriber:
         with self._turn():
             yield from ManyPieces(self, sources, progress).results()
 
+    def stream(self, blocks: Iterable[ArrayLike], sample_rate: int) -> Generator[SegmentNotes, None, None]:
+        """Transcribe audio while it comes; yields the segments one by one, as `iter_segments` does.
+
+        Before the next block is asked for, all segments that are complete were decoded and given: a segment's notes
+        are there as soon as its last sample has come and it is decoded. A source that is faster than decoding should
+        join what has come in the meantime to one block: its segments are decoded side by side. For several streams
+        see `live`. The notes are those of `transcribe`.
+
+        Args:
+            blocks: [samples] or [samples, channels] each, of any lengths.
+            sample_rate: of the blocks in Hz.
+
+        Raises:
+            AudioError: a block cannot be used, or the audio is out of bounds.
+        """
+        with self.live() as live:
+            live.open(None, sample_rate)
+            for block in blocks:
+                live.feed(None, block)
+                while not live.is_idle:
+                    yield from (segment for _, segment in live.advance())
+            live.end(None)
+            while not live.is_idle:
+                yield from (segment for _, segment in live.advance())
+
+    @contextmanager
+    def live(self) -> Iterator[LiveStreams[Any]]:
+        """Streams side by side; this transcriber is busy until the block ends."""
+        with self._turn():
+            yield LiveStreams(self)
+
     def new_note_state(self) -> NoteState:
         """What turns the tokens of one piece of audio into notes."""
         model = self.bundle.manifest.model
         return new_note_state(model, self.vocabulary, strict_upstream=self.strict_upstream)
 
-    def _segments(self, piece: Piece) -> Iterator[SegmentNotes]:
-        with closing(piece.rows()) as rows:
+    def _segments(self, piece: Piece, audio: Source, sample_rate: int | None) -> Iterator[SegmentNotes]:
+        with closing(rows_of(piece, audio, sample_rate)) as rows:
             for row in decode_rows(self.backend, rows, self.rules):
                 yield from piece.take(row)
 

@@ -33,8 +33,8 @@ class SegmentNotes:
     """The notes that one segment completed. A note held over is completed, and given, by a later segment.
 
     `start` in seconds; `count` is the number of segments of the whole audio: for a file what its header promises,
-    until it has been read to its end, which is at the latest with the last segment. `status` is the worst of the
-    segment's channels.
+    until it has been read to its end, which is at the latest with the last segment; for a live stream those that have
+    come. `status` is the worst of the segment's channels.
     """
 
     index: int
@@ -42,6 +42,7 @@ class SegmentNotes:
     start: float
     notes: tuple[Note, ...]
     status: Status
+    is_last: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ class Provenance:
     plays, 0 where there is no audio. `tokens` are the ids generated, `invalid_events` and `dropped_events`
     those that made no note (see `DecodingStatistics`). Truncated segments reached the length limit before
     their end, failed ones gave no usable tokens, in one of their channels at least; both are indices of segments.
+    `memory_restarts`: segments that should have been told of the one before, which failed (see `SongMemory`).
     Of files transcribed together, each has its share of the seconds. `strict_upstream`: see `Transcriber`.
 
     Raises:
@@ -75,6 +77,7 @@ class Provenance:
     dropped_events: int
     truncated_segments: tuple[int, ...] = ()
     failed_segments: tuple[int, ...] = ()
+    memory_restarts: tuple[int, ...] = ()
     strict_upstream: bool = False
     warnings: tuple[str, ...] = ()
 
@@ -120,7 +123,7 @@ class Transcription:
 
         `confidence` is null where it is not known.
         """
-        notes = ",\n    ".join(json.dumps(_note_to_dict(note), allow_nan=False) for note in self.notes)
+        notes = ",\n    ".join(json.dumps(note_to_dict(note), allow_nan=False) for note in self.notes)
         provenance = asdict(self.provenance)
         warnings = provenance.pop("warnings")
         members = {
@@ -168,7 +171,8 @@ def _indented(mapping: dict[str, Any]) -> str:
     return text.replace("\n", "\n  ")
 
 
-def _note_to_dict(note: Note) -> dict[str, Any]:
+def note_to_dict(note: Note) -> dict[str, Any]:
+    """A note as JSON holds it; times in seconds, rounded to a microsecond."""
     return {
         "onset": round(float(note.onset), _DIGITS),
         "offset": round(float(note.offset), _DIGITS),

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mt3_runtime.errors import BundleError, DependencyError, OptionError
-from mt3_runtime.graphs import GRAPH_NAMES
 from mt3_runtime.machine import default_threads
 
 if TYPE_CHECKING:
@@ -17,10 +16,12 @@ if TYPE_CHECKING:
     from mt3_runtime.arrays import FloatArray, IntArray
     from mt3_runtime.bundle import Bundle
     from mt3_runtime.manifest import GraphFile
+    from mt3_runtime.specs import MemorySpec
 
 LOWERING = "ort"
 PROVIDER = "CPUExecutionProvider"
 TYPES = {"float32": "tensor(float)", "int32": "tensor(int32)"}
+MEMORY_STEP = 16  # tokens of a memory are counted in these, so that ONNX Runtime meets few different shapes
 
 
 def import_onnxruntime() -> Any:
@@ -62,21 +63,21 @@ class OrtBackend:
         self.slots, self.length = slots, model.max_length if length is None else length
         if slots < 1 or not 1 <= self.length <= model.max_length:
             raise OptionError(
-                f"{slots} slots of {self.length} positions: give 1 or more slots, and 1 to {model.max_length} positions"
+                f"{slots} slots of {self.length} tokens: give 1 or more slots, and 1 to {model.max_length} tokens"
             )
         self.device, self.provider, self.precision = "cpu", PROVIDER, precision
         self.threads = threads or default_threads()
-        entries = [bundle.graph(name, LOWERING, precision) for name in GRAPH_NAMES]
+        self._contracts = {spec.name: spec for spec in bundle.manifest.contracts}
+        entries = [bundle.graph(name, LOWERING, precision) for name in self._contracts]
         self._sessions = {entry.graph: open_session(bundle, entry, threads=self.threads) for entry in entries}
-        layers = model.decoder_layers
-        cross = (slots, model.num_heads, features.segment_frames, model.d_kv)
-        own = (slots, model.num_heads, self.length, model.d_kv)
+        self._memory, self._prefix, layers = model.memory, model.prefix_length, model.decoder_layers
+        cross = (slots, model.num_heads, features.segment_frames + model.extra_context, model.d_kv)
+        own = (slots, model.num_heads, self._prefix + self.length, model.d_kv)
         # zeros, not empty: the system hands out zero pages lazily, so unused positions cost no memory
         self._cross = [np.zeros(cross, np.float32) for _ in range(2 * layers)]
         self._own = [np.zeros(own, np.float32) for _ in range(2 * layers)]
         self._inputs = {name: np.zeros(slots, np.int32) for name in ("token", "position")}
         self._next_token, self._log_prob = np.zeros(slots, np.int32), np.zeros(slots, np.float32)
-        self._contracts = {spec.name: spec for spec in bundle.manifest.contracts}
         self._bindings: dict[int, tuple[Any, list[Any]]] = {}
 
     def encode(self, features: FloatArray) -> FloatArray:
@@ -84,22 +85,30 @@ class OrtBackend:
         states: FloatArray = self._sessions["encoder"].run(["states"], {"features": features})[0]
         return states
 
-    def admit(self, first: int, states: FloatArray) -> None:
-        """See `Backend.admit`."""
-        session, count = self._sessions["cross_kv"], len(states)
-        binding = session.io_binding()
-        values = [self._value(np.ascontiguousarray(states))]
-        binding.bind_ortvalue_input("states", values[0])
-        for name, cache in zip(self._contracts["cross_kv"].output_names, self._cross, strict=True):
-            values.append(self._value(cache[first : first + count]))
-            binding.bind_ortvalue_output(name, values[-1])
-        session.run_with_iobinding(binding)
+    def admit(self, first: int, states: FloatArray, memory: IntArray | None = None) -> None:
+        """See `Backend.admit`.
+
+        Raises:
+            OptionError: `memory` is not what the model asks for.
+        """
+        count, given = len(states), None if memory is None else memory.shape
+        asked = (count, self._memory.span) if self._memory else None
+        if given != asked:
+            fix = f"one of shape {asked}" if asked else "none"
+            raise OptionError(f"{count} rows came with a memory of shape {given}: give them {fix}")
+        inputs = [np.ascontiguousarray(states)]
+        if memory is not None and self._memory:
+            inputs.append(self._recall(memory, self._memory))
+        names = self._contracts["cross_kv"].input_names
+        self._fill_cross(first, count, dict(zip(names, inputs, strict=False)))  # vectors of a prefix go elsewhere
+        if self._prefix:
+            self._fill_prefix(first, inputs[1])
 
     def step(self, tokens: IntArray, positions: IntArray) -> tuple[IntArray, FloatArray]:
         """See `Backend.step`."""
         count = len(tokens)
         self._inputs["token"][:count] = tokens
-        self._inputs["position"][:count] = positions
+        np.add(positions, self._prefix, out=self._inputs["position"][:count])
         if count not in self._bindings:
             self._bindings[count] = self._bind(count)
         self._sessions["decode_step"].run_with_iobinding(self._bindings[count][0])
@@ -110,7 +119,31 @@ class OrtBackend:
         for cache in self._cross:
             cache[target] = cache[source]
         for cache in self._own:
-            cache[target, :, :length] = cache[source, :, :length]
+            cache[target, :, : self._prefix + length] = cache[source, :, : self._prefix + length]
+
+    def _recall(self, memory: IntArray, spec: MemorySpec) -> FloatArray:
+        """Vectors of memory [rows, length, d_model], row by row: no row is computed differently for its neighbours."""
+        run = self._sessions["memory"].run
+        return np.concatenate([run(["memory"], {"tokens": without_fill(tokens, spec)[None]})[0] for tokens in memory])
+
+    def _fill_cross(self, first: int, count: int, inputs: dict[str, FloatArray]) -> None:
+        session = self._sessions["cross_kv"]
+        binding, values = session.io_binding(), []
+        for name, array in inputs.items():
+            values.append(self._value(array))
+            binding.bind_ortvalue_input(name, values[-1])
+        for name, cache in zip(self._contracts["cross_kv"].output_names, self._cross, strict=True):
+            values.append(self._value(cache[first : first + count]))
+            binding.bind_ortvalue_output(name, values[-1])
+        session.run_with_iobinding(binding)
+
+    def _fill_prefix(self, first: int, vectors: FloatArray) -> None:
+        """Write the first positions of the rows' own caches, a stretch that the graph cannot write in place."""
+        spec, rows = self._contracts["prefix"], slice(first, first + len(vectors))
+        inputs = [vectors, *(cache[rows] for cache in self._cross)]
+        outputs = self._sessions["prefix"].run(spec.output_names, dict(zip(spec.input_names, inputs, strict=True)))
+        for cache, array in zip(self._own, outputs, strict=True):
+            cache[rows, :, : self._prefix] = array
 
     def _bind(self, count: int) -> tuple[Any, list[Any]]:
         """Bind every tensor of a step over `count` rows; the list keeps the values alive."""
@@ -133,6 +166,13 @@ class OrtBackend:
     def _value(self, array: np.ndarray) -> Any:
         """An OrtValue over the array's own memory."""
         return self._ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def without_fill(tokens: IntArray, memory: MemorySpec) -> IntArray:
+    """A row of memory [span] without most of the fill at its end, which is in the graph: see `memory_spec`."""
+    used = np.flatnonzero(tokens != memory.fill_token)
+    written = max(memory.length, int(used[-1]) + 1 if used.size else 0)
+    return tokens[: -(-written // MEMORY_STEP) * MEMORY_STEP]
 
 
 def open_session(bundle: Bundle, entry: GraphFile, *, threads: int) -> Any:

@@ -24,10 +24,11 @@ LOG_PROB_STEPS = 1024  # the log-probability of token t is -t / 1024, exact in f
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """Rows with these keys took the slots from `first` on."""
+    """Rows with these keys took the slots from `first` on, each told of these tokens, if of any."""
 
     first: int
     keys: tuple[int, ...]
+    memories: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,16 +105,17 @@ class ScriptedBackend:
         self._encoded += len(keys)
         return keys.reshape(len(features), self._channels, 1, 1)
 
-    def admit(self, first: int, states: FloatArray) -> None:
+    def admit(self, first: int, states: FloatArray, memory: IntArray | None = None) -> None:
         """See `Backend.admit`."""
         keys = tuple(int(key) for key in states[:, 0, 0])
+        _insist(memory is None or (len(memory) == len(keys) and memory.dtype == np.int32), "memory of other rows")
         _insist(bool(keys) and 0 <= first <= self.slots - len(keys), f"{len(keys)} rows do not fit from slot {first}")
         for slot, key in enumerate(keys, start=first):
             _insist(key in self._scripts, f"row {key} has no script")
             scripts = self._retries if self._admissions[key] and key in self._retries else self._scripts
             self._admissions[key] += 1
             self._cross[slot] = _Pass(key, scripts[key], due=self._start_token)
-        self.calls.append(Admitted(first, keys))
+        self.calls.append(Admitted(first, keys, () if memory is None else tuple(map(tuple, memory.tolist()))))
 
     def step(self, tokens: IntArray, positions: IntArray) -> tuple[IntArray, FloatArray]:
         """See `Backend.step`."""

@@ -1,0 +1,191 @@
+"""`mt3-run stream`, and the figures of songs and streams that `mt3-run bench` prints."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pretty_midi
+import pytest
+
+from mt3_runtime import bench_songs, cli
+from mt3_runtime.audio import load_audio
+from mt3_runtime.bundle import demo_clip_path
+from mt3_runtime.loading import load
+from mt3_runtime.transcription import note_to_dict
+from scripted_audio import RATE, SEGMENT, levels, listener
+
+END, TIE = 1, 1134
+SECONDS = 5
+
+
+@pytest.fixture(scope="module")
+def clip():
+    """The first seconds of the demo clip as 16-bit numbers, and the notes that it holds."""
+    audio = load_audio(demo_clip_path() / "clip.flac")[: SECONDS * RATE]
+    numbers = np.round(audio * 32_767).astype("<i2")
+    return numbers, load(threads=1).transcribe(numbers, RATE).notes
+
+
+class Pipe(io.BytesIO):
+    """Gives what has come, a few bytes at a time."""
+
+    def read1(self, size=-1):
+        return super().read1(min(size, 1_013))
+
+
+def stream(monkeypatch, capsys, data, *arguments):
+    """Exit code, lines of JSON and lines of standard error."""
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=Pipe(data)))
+    code = cli.main(["stream", "--threads", "1", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, [json.loads(line) for line in captured.out.splitlines()], captured.err.splitlines()
+
+
+def onsets(notes):
+    return sorted((note["onset"], note["pitch"], note["is_drum"]) for note in notes)
+
+
+def test_notes_come_line_by_line_and_as_midi(monkeypatch, capsys, clip, tmp_path):
+    numbers, notes = clip
+    target = tmp_path / "out.mid"
+    code, lines, said = stream(monkeypatch, capsys, numbers.tobytes(), "--rate", RATE, "-o", target)
+    assert code == 0
+    assert [(line["segment"], line["is_last"], line["status"]) for line in lines] == [
+        (0, False, "ended"), (1, False, "ended"), (2, True, "ended"),
+    ]  # fmt: skip
+    assert lines[1]["start"] == 2.04
+    found = [note for line in lines for note in line["notes"]]
+    assert onsets(found) == onsets(map(note_to_dict, notes))
+    assert len(found) > 5
+    assert sum(len(track.notes) for track in pretty_midi.PrettyMIDI(str(target)).instruments) == len(found)
+    assert "not for real music" in said[0]
+    assert said[1] == "listening: 1 x s16le at 16000 Hz"
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "scale"), [("s16le", "<i2", 1), ("s32le", "<i4", 65_536), ("f32le", "<f4", 2.0**-15)]
+)
+def test_formats_and_channels(monkeypatch, capsys, clip, kind, dtype, scale):
+    numbers, notes = clip
+    data = np.repeat((numbers * np.float64(scale)).astype(dtype)[:, None], 2, axis=1).tobytes()
+    options = ("--rate", RATE, "--channels", 2, "--format", kind)
+    code, lines, said = stream(monkeypatch, capsys, data + b"\1\2\3", *options)
+    assert code == 0
+    assert onsets([note for line in lines for note in line["notes"]]) == onsets(map(note_to_dict, notes))
+    assert said[-1] == "note: the last 3 bytes are no whole sample and were left out"
+
+
+def test_what_is_wrong_is_one_line(monkeypatch, capsys, tmp_path):
+    silence = np.zeros(3 * RATE, "<i2").tobytes()
+    for data, options, reason in (
+        (b"", ("--rate", RATE), "fewer than 128"),
+        (silence, ("--rate", 100), "100 Hz"),
+        (silence, ("--rate", RATE, "--channels", 9), "9 channels"),
+        (silence, ("--rate", RATE, "-o", tmp_path / "x.wav"), "does not end in .mid"),
+        (silence, ("--rate", RATE, "-o", tmp_path / "none" / "x.mid"), "create it first"),
+        (np.full(3 * RATE, np.nan, "<f4").tobytes(), ("--rate", RATE, "--format", "f32le"), "NaN"),
+    ):
+        code, lines, said = stream(monkeypatch, capsys, data, *options)
+        assert (code, lines) == (2, [])
+        assert reason in said[-1]
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipe_is_answered_at_once_and_an_interrupt_is_the_end(clip, tmp_path):
+    """A real process: its first line comes while the pipe is open, and Ctrl-C loses no note."""
+    numbers, notes = clip
+    target = tmp_path / "out.mid"
+    command = [
+        str(Path(sys.executable).parent / "mt3-run"),
+        "stream",
+        "--rate",
+        str(RATE),
+    ]
+    with subprocess.Popen(
+        [*command, "-o", target], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        process.stdin.write(numbers[:SEGMENT].tobytes())
+        process.stdin.flush()
+        lines = [json.loads(process.stdout.readline())]
+        process.stdin.write(numbers[SEGMENT:].tobytes())
+        process.stdin.flush()
+        lines.append(json.loads(process.stdout.readline()))
+        process.send_signal(signal.SIGINT)
+        lines += map(json.loads, process.stdout)
+        assert process.wait(30) == 0
+    assert [line["is_last"] for line in lines] == [False, False, True]
+    assert onsets([note for line in lines for note in line["notes"]]) == onsets(map(note_to_dict, notes))
+    assert target.exists()
+
+
+# ---- figures --------------------------------------------------------------------------------------------
+
+
+def bench(capsys, *arguments):
+    code = cli.main(["bench", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err.splitlines()
+
+
+def test_bench_of_songs(capsys, tiny_folder):
+    options = ("--bundle", tiny_folder, "--segments", 2, "--steps", 5, "--repeat", 1, "--songs", 3)
+    code, out, _ = bench(capsys, *options, "--json")
+    result = json.loads(out)
+    assert (code, result["songs"], result["segments"], result["steps"]) == (0, 3, 2, 5)
+    assert result["ratio"] == pytest.approx(3 * result["one_s"] / result["all_s"])
+    assert "3 side by side" in bench(capsys, *options)[1]
+
+
+def test_bench_of_streams(capsys, tiny_folder):
+    options = ("--bundle", tiny_folder, "--segments", 4, "--steps", 5, "--streams", 2)
+    code, out, _ = bench(capsys, *options, "--json")
+    result = json.loads(out)
+    assert (code, result["streams"]) == (0, 2)
+    assert 0 < result["p50_ms"] <= result["p99_ms"] <= result["worst_ms"]
+    assert result["load"] > 0
+    assert "(p99)" in bench(capsys, *options)[1]
+    assert bench(capsys, *options, "--songs", 2)[0] == 2
+    assert bench(capsys, "--bundle", tiny_folder, "--steps", 97, "--streams", 1)[0] == 2
+
+
+@pytest.mark.parametrize("bundle", ["tiny_bundle", "channels_bundle"])
+def test_latency_is_counted_from_the_last_sample_to_the_notes(monkeypatch, request, bundle):
+    """Each step takes 0.1 s, on a clock of its own, however many rows share it."""
+    bundle = request.getfixturevalue(bundle)
+    channels = bundle.manifest.model.channels
+    busy = listener(bundle, {row: [9] * 96 for row in range(20 * channels)}, slots=2 * channels)
+    now, step = 0.0, busy.backend.step
+
+    def slow(*arguments):
+        nonlocal now
+        now += 0.1
+        return step(*arguments)
+
+    busy.backend.step = slow
+    busy.backend.encode = lambda features: np.zeros((len(features), channels, 1, 1), np.float32)
+    monkeypatch.setattr(bench_songs, "perf_counter", lambda: now)
+    result = bench_songs.bench_streams(busy, 1, 6, 7)
+    assert result["p50_ms"] == pytest.approx(700)
+    assert result["worst_ms"] == pytest.approx(700)
+    assert result["load"] == pytest.approx(0.7 / (SEGMENT / RATE), rel=1e-3)
+    together = bench_songs.bench_streams(busy, 2, 6, 15)  # 1.5 s of work for each, 1.02 s apart, two slots
+    assert together["p50_ms"] == pytest.approx(1500, abs=101)
+    assert busy.rules.end_token == END  # as before
+
+
+def test_forced_lengths_are_given_back(tiny_bundle):
+    busy = listener(tiny_bundle, {number: [TIE, END, *[3] * 90] for number in range(200)}, slots=2)
+    rules = busy.rules
+    figures = bench_songs.bench_songs(busy, 2, 2, 4, repeat=1)
+    assert figures["songs"] == 2
+    assert busy.rules is rules
+    assert math.isfinite(figures["ratio"])
+    assert busy.transcribe(levels(tiny_bundle, [1]), RATE).provenance.tokens == 1
