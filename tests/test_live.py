@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from mt3_runtime.backends.scripted import Admitted, Stepped
+from mt3_runtime.backends.scripted import Stepped
 from mt3_runtime.errors import AudioError, OptionError
 from mt3_runtime.loading import load
 from mt3_runtime.notes import sort_notes
@@ -44,6 +44,11 @@ def exact(notes):
 def near(notes):
     """Without the last digits of confidences, which may depend on how many segments were encoded together."""
     return [(n.onset, n.offset, n.pitch, n.velocity, n.program, n.is_drum, round(n.confidence, 4)) for n in notes]
+
+
+def drain(live):
+    while not live.is_idle:
+        live.advance()
 
 
 # ---- the notes of the whole audio -----------------------------------------------------------------------
@@ -207,17 +212,105 @@ def test_a_stream_that_is_dropped_gives_nothing_and_disturbs_nobody(tiny_bundle)
     assert [(name, [note.pitch for note in segment.notes]) for name, segment in found] == [("here", [40])]
 
 
-def test_a_name_is_free_when_its_stream_has_ended(tiny_bundle):
+def test_a_name_is_free_when_its_last_segment_was_given(tiny_bundle):
     busy = listener(tiny_bundle, scripts())
     with busy.live() as live:
+        found = []
         for numbers in ([1, 2], [3]):
             live.open("again", RATE)
             live.feed("again", levels(tiny_bundle, numbers))
             live.end("again")
-        found = []
+            with pytest.raises(OptionError, match="'again' is open already: take its last segment"):
+                live.open("again", RATE)
+            for call in (live.end, lambda key: live.feed(key, [0.0])):
+                with pytest.raises(OptionError, match="'again' has ended"):
+                    call("again")
+            while not live.is_idle:
+                found += [(segment.index, segment.is_last, segment.notes[0].pitch) for _, segment in live.advance()]
+        live.open("again", RATE)
+        live.feed("again", levels(tiny_bundle, [4, 5]))
+        live.end("again")
+        live.drop("again")  # its tail is not wanted
+        assert live.advance() == []
+        assert live.is_idle
+    assert found == [(0, False, 21), (1, True, 22), (0, True, 23)]
+
+
+def test_the_backlog_tells_who_falls_behind(tiny_bundle):
+    busy = listener(tiny_bundle, scripts(), slots=2)
+    with busy.live() as live:
+        live.open("a", RATE)
+        assert live.backlog("a") == 0
+        live.feed("a", levels(tiny_bundle, [1, 2, 3, 4, 5], cut=0))
+        counts = [live.backlog("a")]
         while not live.is_idle:
-            found += [(segment.index, segment.is_last, segment.notes[0].pitch) for _, segment in live.advance()]
-    assert sorted(found) == [(0, False, 21), (0, True, 23), (1, True, 22)]
+            counts += [live.backlog("a")] * len(live.advance())
+        assert counts[0] == 5
+        assert counts == sorted(counts, reverse=True)
+        assert live.backlog("a") == 0
+
+
+# ---- what can go wrong ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["encode", "admit", "step", "notes"])
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, RuntimeError])
+def test_after_an_error_nothing_goes_on_as_if_nothing_had_been(tiny_bundle, place, error):
+    busy = listener(tiny_bundle, scripts(), slots=2)
+
+    def failing(*_, **__):
+        raise error("no more")
+
+    with busy.live() as live:
+        for name, number in (("a", 1), ("b", 2)):
+            live.open(name, RATE)
+            live.feed(name, levels(tiny_bundle, [number, number], cut=0))
+        live.advance()
+        kept = None if place == "notes" else getattr(busy.backend, place)
+        if place == "notes":
+            live._pieces[0].piece._state.decode_segment = failing
+        else:
+            setattr(busy.backend, place, failing)
+        live.feed("a", levels(tiny_bundle, [3], cut=0))
+        with pytest.raises(error, match="no more"):
+            drain(live)
+        if kept:
+            setattr(busy.backend, place, kept)
+        assert live.is_idle  # no loop goes on for ever
+        for call in (live.advance, lambda: live.open("c", RATE), lambda: live.end("a"), lambda: live.backlog("a")):
+            with pytest.raises(OptionError, match=f"lost to an error .{error.__name__}.*begin another"):
+                call()
+    assert [note.pitch for note in busy.transcribe(levels(tiny_bundle, [3]), RATE).notes] == [23]
+
+
+def test_streams_end_with_their_block(tiny_bundle):
+    busy = listener(tiny_bundle, scripts())
+    with busy.live() as live:
+        live.open("a", RATE)
+        live.feed("a", levels(tiny_bundle, [1], cut=0))
+    assert live.is_idle
+    for call in (live.advance, lambda: live.feed("a", [0.0]), lambda: live.open("b", RATE)):
+        with pytest.raises(OptionError, match=r"block of live\(\) has ended"):
+            call()
+
+
+def test_streams_belong_to_one_thread(tiny_bundle):
+    busy, refused = listener(tiny_bundle, scripts()), []
+    with busy.live() as live:
+        live.open("a", RATE)
+
+        def meddle():
+            for call in (live.advance, lambda: live.feed("a", [0.0]), lambda: live.end("a")):
+                with pytest.raises(OptionError, match="another thread: hand it the blocks through a queue"):
+                    call()
+                refused.append(call)
+
+        thread = threading.Thread(target=meddle)
+        thread.start()
+        thread.join()
+        live.feed("a", levels(tiny_bundle, [1], cut=0))
+        assert [segment.index for _ in range(40) for _, segment in live.advance()] == [0]
+    assert len(refused) == 3
 
 
 def test_misuse_is_refused_and_nothing_is_lost(tiny_bundle):
@@ -225,7 +318,7 @@ def test_misuse_is_refused_and_nothing_is_lost(tiny_bundle):
     samples = levels(tiny_bundle, [1, 2], cut=0)
     with busy.live() as live:
         live.open("a", RATE)
-        with pytest.raises(OptionError, match="'a' is open already: end it"):
+        with pytest.raises(OptionError, match="'a' is open already: take"):
             live.open("a", RATE)
         with pytest.raises(AudioError, match="rate 'x': give a whole number"):
             live.open("b", "x")
@@ -234,6 +327,8 @@ def test_misuse_is_refused_and_nothing_is_lost(tiny_bundle):
         for call in (live.end, live.drop, lambda key: live.feed(key, samples)):
             with pytest.raises(OptionError, match="no stream 'b' is open: open it first"):
                 call("b")
+        live.feed("a", np.zeros((0, 5)))  # nothing, whatever its shape
+        live.feed("a", [])
         live.feed("a", samples[:70])
         bad = samples.copy()
         bad[-1] = np.inf
@@ -270,17 +365,22 @@ def test_a_transcriber_is_busy_while_it_listens(tiny_bundle):
     assert done.is_set()
 
 
-def test_a_stream_that_never_ends_holds_nothing(tiny_bundle):
-    """Two hundred segments; at no time are more than those of one block held."""
-    busy = listener(tiny_bundle, {0: [TIE, END]}, slots=2)
-    segment = np.zeros(SEGMENT, np.float32)
+@pytest.mark.parametrize("script", [[TIE, END], [3] * 96, [TIE, float("nan")]], ids=["ended", "truncated", "failed"])
+def test_a_stream_that_never_ends_holds_nothing(tiny_bundle, script):
+    """Two hundred segments; at no time are more than those of one block held, nor a list of all that was wrong."""
+    busy = listener(tiny_bundle, {0: script}, slots=2)
+    segment, given = np.zeros(SEGMENT, np.float32), 0
     with busy.live() as live:
         live.open("radio", RATE)
         piece = live._pieces[0].piece
         for number in range(200):
             live.feed("radio", segment)
             while not live.is_idle:
-                assert all(found.index == number for _, found in live.advance())
+                for _, found in live.advance():
+                    assert found.index == number
+                    given += 1
             assert not piece.has_rows
             assert not piece._under_way
-    assert len([call for call in busy.backend.calls if isinstance(call, Admitted)]) == 200
+            busy.backend.calls.clear()
+        assert not any(piece._unfinished.segments(status) for status in ("truncated", "failed"))
+    assert given == 200

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ import pytest
 
 from mt3_runtime import bench_songs, cli
 from mt3_runtime.audio import load_audio
+from mt3_runtime.backends.ort import OrtBackend
 from mt3_runtime.bundle import demo_clip_path
 from mt3_runtime.loading import load
 from mt3_runtime.transcription import note_to_dict
@@ -86,9 +89,9 @@ def test_formats_and_channels(monkeypatch, capsys, clip, kind, dtype, scale):
 def test_what_is_wrong_is_one_line(monkeypatch, capsys, tmp_path):
     silence = np.zeros(3 * RATE, "<i2").tobytes()
     for data, options, reason in (
-        (b"", ("--rate", RATE), "fewer than 128"),
-        (silence, ("--rate", 100), "100 Hz"),
-        (silence, ("--rate", RATE, "--channels", 9), "9 channels"),
+        (b"", ("--rate", RATE), "the stream holds 0 samples"),
+        (b"", ("--rate", 100), "standard input has a rate of 100 Hz"),
+        (b"", ("--rate", RATE, "--channels", 9), "9 channels"),
         (silence, ("--rate", RATE, "-o", tmp_path / "x.wav"), "does not end in .mid"),
         (silence, ("--rate", RATE, "-o", tmp_path / "none" / "x.mid"), "create it first"),
         (np.full(3 * RATE, np.nan, "<f4").tobytes(), ("--rate", RATE, "--format", "f32le"), "NaN"),
@@ -99,30 +102,114 @@ def test_what_is_wrong_is_one_line(monkeypatch, capsys, tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_pipe_is_answered_at_once_and_an_interrupt_is_the_end(clip, tmp_path):
-    """A real process: its first line comes while the pipe is open, and Ctrl-C loses no note."""
+def test_an_error_keeps_the_notes_before_it(monkeypatch, capsys, clip, tmp_path):
+    numbers, _ = clip
+    target, options = tmp_path / "out.mid", ("--rate", RATE, "--format", "f32le", "-o", tmp_path / "out.mid")
+    data = np.concatenate([numbers / np.float32(32_768), [np.nan]]).astype("<f4").tobytes()
+    code, lines, said = stream(monkeypatch, capsys, data, *options)
+    found = [note for line in lines for note in line["notes"]]
+    assert (code, len(lines)) == (2, 2)
+    assert "the stream holds NaN" in said[-1]
+    assert sum(len(track.notes) for track in pretty_midi.PrettyMIDI(str(target)).instruments) == len(found) > 3
+    target.unlink()
+    assert stream(monkeypatch, capsys, np.full(9, np.nan, "<f4").tobytes(), *options)[0] == 2
+    assert not target.exists()
+
+
+COMMAND = [str(Path(sys.executable).parent / "mt3-run"), "stream", "--rate", str(RATE), "--threads", "1"]
+
+
+@contextmanager
+def listening(*options, **settings):
+    """A process that waits for samples."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*COMMAND, *options], stdin=pipe, stdout=pipe, stderr=pipe, **settings) as process:
+        try:
+            while not process.stderr.readline().startswith(b"listening"):
+                pass
+            yield process
+        finally:
+            process.kill()
+
+
+def say(process, samples):
+    process.stdin.write(samples.tobytes())
+    process.stdin.flush()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_pipe_is_answered_at_once_and_a_signal_is_the_end(clip, tmp_path, number):
+    """A real process: its first line comes while the pipe is open, and the signal loses no note."""
     numbers, notes = clip
     target = tmp_path / "out.mid"
-    command = [
-        str(Path(sys.executable).parent / "mt3-run"),
-        "stream",
-        "--rate",
-        str(RATE),
-    ]
-    with subprocess.Popen(
-        [*command, "-o", target], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ) as process:
-        process.stdin.write(numbers[:SEGMENT].tobytes())
-        process.stdin.flush()
+    with listening("-o", target) as process:
+        say(process, numbers[:SEGMENT])
         lines = [json.loads(process.stdout.readline())]
-        process.stdin.write(numbers[SEGMENT:].tobytes())
-        process.stdin.flush()
+        say(process, numbers[SEGMENT:])
         lines.append(json.loads(process.stdout.readline()))
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         lines += map(json.loads, process.stdout)
         assert process.wait(30) == 0
     assert [line["is_last"] for line in lines] == [False, False, True]
     assert onsets([note for line in lines for note in line["notes"]]) == onsets(map(note_to_dict, notes))
+    assert target.exists()
+
+
+def test_a_signal_in_the_middle_of_decoding_waits_for_its_end(monkeypatch, capsys, clip):
+    """Sent from within a step, so that it comes when nothing is being read; what was read before it is kept."""
+    numbers, _ = clip
+    step, sent = OrtBackend.step, []
+
+    def interrupted(self, *arguments):
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+        return step(self, *arguments)
+
+    monkeypatch.setattr(OrtBackend, "step", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    code, lines, _ = stream(monkeypatch, capsys, numbers.tobytes(), "--rate", RATE)
+    assert (code, sent) == (0, [None])
+    assert [line["is_last"] for line in lines] == [False, True]
+    assert lines[0]["notes"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_signal_is_an_interrupt(monkeypatch, capsys, clip):
+    numbers, _ = clip
+    monkeypatch.setattr(OrtBackend, "step", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(TypeError):  # the first signal alone does not stop the step, which returns nothing
+        stream(monkeypatch, capsys, numbers.tobytes(), "--rate", RATE)
+
+    def twice(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(OrtBackend, "step", twice)
+    code, lines, said = stream(monkeypatch, capsys, numbers.tobytes(), "--rate", RATE)
+    assert (code, lines, said[-1]) == (130, [], "mt3-run: interrupted")
+
+
+def test_an_ignored_signal_stays_ignored(clip):
+    """As of a shell's `mt3-run stream &`."""
+    numbers, _ = clip
+    with listening(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) as process:
+        process.send_signal(signal.SIGINT)
+        say(process, numbers)
+        process.stdin.close()
+        assert [json.loads(line)["segment"] for line in process.stdout] == [0, 1, 2]
+
+
+def test_a_closed_pipe_is_one_line(clip, tmp_path):
+    numbers, _ = clip
+    target = tmp_path / "out.mid"
+    with listening("-o", target) as process:
+        process.stdout.close()
+        with suppress(BrokenPipeError):  # it may be gone before it has read everything
+            say(process, numbers)
+            process.stdin.close()
+        [line] = process.stderr.read().decode().splitlines()
+        assert process.wait(30) == 2
+    assert "nobody reads the notes any more" in line
     assert target.exists()
 
 
@@ -172,11 +259,11 @@ def test_latency_is_counted_from_the_last_sample_to_the_notes(monkeypatch, reque
     busy.backend.step = slow
     busy.backend.encode = lambda features: np.zeros((len(features), channels, 1, 1), np.float32)
     monkeypatch.setattr(bench_songs, "perf_counter", lambda: now)
-    result = bench_songs.bench_streams(busy, 1, 6, 7)
+    result = bench_songs.bench_streams(busy, 1, 6, 7, repeat=2)
     assert result["p50_ms"] == pytest.approx(700)
     assert result["worst_ms"] == pytest.approx(700)
     assert result["load"] == pytest.approx(0.7 / (SEGMENT / RATE), rel=1e-3)
-    together = bench_songs.bench_streams(busy, 2, 6, 15)  # 1.5 s of work for each, 1.02 s apart, two slots
+    together = bench_songs.bench_streams(busy, 2, 6, 15, repeat=1)  # 1.5 s of work for each, 1.02 s apart, two slots
     assert together["p50_ms"] == pytest.approx(1500, abs=101)
     assert busy.rules.end_token == END  # as before
 

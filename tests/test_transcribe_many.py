@@ -163,7 +163,7 @@ def test_one_file_is_open_at_a_time(tiny_bundle, files, monkeypatch):
             yield stream
             opened -= 1
 
-    monkeypatch.setattr("mt3_runtime.piece.open_audio", counting)
+    monkeypatch.setattr("mt3_runtime.reading.open_audio", counting)
     sources = [files(f"song{index}", [2, 3, 5]) for index in range(6)]
     assert len(results(listener(tiny_bundle, scripts(), slots=8), sources)) == 6
     assert (opened, most) == (0, 1)
@@ -233,8 +233,8 @@ def test_rows_of_a_file_that_fails_late_leave_their_slots(tiny_bundle, files, tm
     assert isinstance(found[0], AudioError)
     assert isinstance(found[1], Transcription)
     stepped = [call.keys for call in busy.backend.calls if isinstance(call, Stepped)]
-    # 12 rows take all their 96 steps before the reading comes to the spoiled sample; those admitted next take none
-    assert len(stepped) == 96 + 2
+    # 24 rows take all their 96 steps before the reading comes to the spoiled sample; those admitted next take none
+    assert len(stepped) == 2 * 96 + 2
     assert stepped[-1] == (31, 31)
 
 

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 # YourMT3 counts steps from the start of a segment, which is 205 steps long.
 VOCABULARIES = {"mt3": VocabularySpec(), "yourmt3": VocabularySpec(max_shift_steps=205)}
+HEAD_UNIT = 8  # com.microsoft.GroupQueryAttention refuses other widths when it is run
 TOOLS = ("torch", "onnxscript", "onnx_ir")
 
 
@@ -64,8 +65,13 @@ def export_bundle(
     Raises:
         OutputError: `output` exists, or cannot be written.
         OptionError: `notice` is not one printable line, or the weights do not fit fp16.
-        BundleError: a traced graph does not keep its contract.
+        BundleError: a traced graph does not keep its contract, or no backend could run it.
     """
+    if checkpoint.model.d_kv % HEAD_UNIT:
+        raise BundleError(
+            f"heads of width {checkpoint.model.d_kv} are no multiple of {HEAD_UNIT}, which ONNX Runtime's attention asks "
+            "for: check the number of heads"
+        )
     if not notice.isprintable():
         raise OptionError("the notice holds a line break or a control character: give one line of text")
     with _new_folder(output) as folder:

@@ -89,7 +89,7 @@ def _figures(transcriber: Transcriber, noise: FloatArray, options: BenchOptions)
     if options.songs:
         return bench_songs(transcriber, options.songs, options.segments, options.steps, options.repeat)
     if options.streams:
-        return bench_streams(transcriber, options.streams, options.segments, options.steps)
+        return bench_streams(transcriber, options.streams, options.segments, options.steps, options.repeat)
     return _steps(transcriber, noise, options)
 
 

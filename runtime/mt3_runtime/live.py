@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from mt3_runtime.audio import MonoStream, as_blocks, check_bounds, check_rate, to_float
@@ -12,7 +13,7 @@ from mt3_runtime.piece import Piece
 from mt3_runtime.segments import SegmentCutter
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Hashable
 
     from numpy.typing import ArrayLike
 
@@ -32,7 +33,8 @@ class _Stream(Generic[Key]):
     piece: Piece
     mono: MonoStream
     cutter: SegmentCutter
-    channels: int | None = field(default=None)  # known with the first block
+    channels: int | None = None  # known with the first block
+    has_ended: bool = False
 
 
 class LiveStreams(Generic[Key]):
@@ -40,16 +42,24 @@ class LiveStreams(Generic[Key]):
 
     Whoever owns this feeds blocks as they come, and calls `advance` as long as there is something to decode. A segment
     is decoded as soon as its last sample has come, beside those of the other streams; no notes are kept here.
-    Use it in one thread.
+    Audio that comes faster than it is decoded is kept: watch `backlog`.
+
+    All of it belongs to the thread that made it. After an exception out of `advance` the streams are lost.
+
+    Raises:
+        OptionError: from every method, in another thread, after the block of `live`, or after `advance` has failed.
     """
 
     def __init__(self, transcriber: Transcriber) -> None:
         self._transcriber = transcriber
-        self._streams: dict[Key, _Stream[Key]] = {}  # that take blocks
-        self._pieces: dict[int, _Stream[Key]] = {}  # that are not decoded to their end, in turn
-        self._opened = 0
+        self._streams: dict[Key, _Stream[Key]] = {}  # until their last segment was given
+        self._pieces: dict[int, _Stream[Key]] = {}  # the same by the number of the piece, in turn
+        self._opened, self._thread, self._closed = 0, threading.get_ident(), ""
         self._decoder = RowDecoder(
-            transcriber.backend, self._rows(), transcriber.rules, wanted=lambda key: key.piece in self._pieces
+            transcriber.backend,
+            iter(self._next_row, ...),  # without end
+            transcriber.rules,
+            wanted=lambda key: key.piece in self._pieces,
         )
 
     @property
@@ -57,21 +67,26 @@ class LiveStreams(Generic[Key]):
         """Whether `advance` has nothing to do until more audio comes."""
         return self._decoder.is_idle and not any(stream.piece.has_rows for stream in self._pieces.values())
 
+    def close(self) -> None:
+        """Forget all streams; nothing can be done with this any more."""
+        self._close("the block of live() has ended: begin another one")
+
     def open(self, key: Key, sample_rate: int) -> None:
         """Begin a stream of blocks at `sample_rate` Hz.
 
         Raises:
             AudioError: the rate is out of bounds.
-            OptionError: a stream of that name is open.
+            OptionError: a stream of that name is open, or its last segment was not given yet.
         """
+        self._check()
+        name = "the stream" if key is None else f"stream {key!r:.100}"
         if key in self._streams:
-            raise OptionError(f"stream {key!r:.100} is open already: end it, or choose another name")
-        name = f"stream {key!r:.100}"
+            raise OptionError(f"{name} is open already: take its last segment, drop it, or choose another name")
         rate = check_rate(sample_rate, name)
         check_bounds(name, 1, rate, 0)
         features, vocabulary = (getattr(self._transcriber.bundle.manifest, part) for part in ("features", "vocabulary"))
         mono, cutter = MonoStream(name, rate, features.sample_rate), SegmentCutter(features, vocabulary)
-        stream = _Stream(key, name, rate, Piece(self._transcriber, number=self._opened), mono, cutter)
+        stream = _Stream(key, name, rate, Piece(self._transcriber, number=self._opened, record=False), mono, cutter)
         self._streams[key] = self._pieces[self._opened] = stream
         self._opened += 1
 
@@ -82,8 +97,10 @@ class LiveStreams(Generic[Key]):
             AudioError: the block cannot be used; the stream is then as it was before.
             OptionError: no stream of that name is open.
         """
-        stream = self._stream(key)
+        stream = self._stream(key, taking=True)
         array = as_blocks(samples, stream.name)
+        if not len(array):
+            return
         channels = array.shape[1]
         check_bounds(stream.name, channels, stream.rate, 0)
         if stream.channels not in (None, channels):
@@ -96,18 +113,18 @@ class LiveStreams(Generic[Key]):
             stream.piece.add(stream.cutter.cut(taken))
 
     def end(self, key: Key) -> None:
-        """Say that a stream has no more blocks; what is left of it is decoded, and its name is free.
+        """Say that a stream has no more blocks: what is left of it comes from the next calls of `advance`.
 
         Raises:
             AudioError: it was too short to be transcribed; it is dropped.
             OptionError: no stream of that name is open.
         """
-        stream = self._stream(key)
-        del self._streams[key]
+        stream = self._stream(key, taking=True)
+        stream.has_ended = True
         try:
             taken = stream.mono.end()
         except AudioError:
-            del self._pieces[stream.piece.number]
+            self._forget(stream)
             raise
         stream.piece.samples += len(taken)
         stream.piece.add(stream.cutter.cut(taken))
@@ -119,34 +136,64 @@ class LiveStreams(Generic[Key]):
         Raises:
             OptionError: no stream of that name is open.
         """
-        stream = self._stream(key)
-        del self._streams[key], self._pieces[stream.piece.number]
+        self._forget(self._stream(key))
+
+    def backlog(self, key: Key) -> int:
+        """Segments of a stream that have come and whose notes were not given yet.
+
+        Raises:
+            OptionError: no stream of that name is open.
+        """
+        return self._stream(key).piece.backlog
 
     def advance(self) -> list[tuple[Key, SegmentNotes]]:
         """Encode what is due, and decode one token of every row: the segments that are complete now, by stream.
 
         Those of one stream come in order of time; the last one of a stream that was ended says so.
         """
-        complete = []
-        for row in self._decoder.advance():
-            stream = self._pieces[row.key.piece]
-            complete += [(stream.key, segment) for segment in stream.piece.take(row)]
-            if stream.piece.is_finished:
-                del self._pieces[row.key.piece]
+        self._check()
+        complete: list[tuple[Key, SegmentNotes]] = []
+        try:
+            for row in self._decoder.advance():
+                stream = self._pieces[row.key.piece]
+                complete += [(stream.key, segment) for segment in stream.piece.take(row)]
+                if stream.piece.is_finished:
+                    self._forget(stream)
+        except BaseException as error:
+            # Rows may be half in their slots: nothing that came of them could be relied on.
+            self._close(f"the streams were lost to an error ({error!r:.100}): begin another live()")
+            raise
         return complete
 
-    def _stream(self, key: Key) -> _Stream[Key]:
+    def _check(self) -> None:
+        if self._closed:
+            raise OptionError(self._closed)
+        if self._thread != threading.get_ident():
+            raise OptionError("these streams belong to another thread: hand it the blocks through a queue")
+
+    def _close(self, reason: str) -> None:
+        self._closed = self._closed or reason
+        self._streams.clear()
+        self._pieces.clear()
+        self._decoder.is_idle = True
+
+    def _forget(self, stream: _Stream[Key]) -> None:
+        del self._streams[stream.key], self._pieces[stream.piece.number]
+
+    def _stream(self, key: Key, *, taking: bool = False) -> _Stream[Key]:
+        self._check()
         if key not in self._streams:
             raise OptionError(f"no stream {key!r:.100} is open: open it first")
-        return self._streams[key]
+        stream = self._streams[key]
+        if taking and stream.has_ended:
+            raise OptionError(f"{stream.name} has ended: take its last segment, then open it again")
+        return stream
 
-    def _rows(self) -> Iterator[Row[RowKey] | None]:
-        """Rows that are ready, one of each stream in turn, so that a long block of one keeps nobody waiting."""
-        while True:
-            yield next(filter(None, map(self._next_of, list(self._pieces))), None)
-
-    def _next_of(self, number: int) -> Row[RowKey] | None:
-        row = self._pieces[number].piece.next_row()
-        if row is not None:
-            self._pieces[number] = self._pieces.pop(number)
-        return row
+    def _next_row(self) -> Row[RowKey] | None:
+        """A row that is ready, one of each stream in turn, so that a long block of one keeps nobody waiting."""
+        for number in list(self._pieces):
+            row = self._pieces[number].piece.next_row()
+            if row is not None:
+                self._pieces[number] = self._pieces.pop(number)
+                return row
+        return None

@@ -11,7 +11,7 @@ from mt3_runtime.bundle import DEMO_NAME, demo_bundle_path, open_bundle
 from mt3_runtime.devices import DEVICES, default_slots
 from mt3_runtime.errors import DeviceError, OptionError
 from mt3_runtime.families import check_options
-from mt3_runtime.memory import SongMemory
+from mt3_runtime.memory import first_memory
 from mt3_runtime.transcriber import Transcriber
 
 if TYPE_CHECKING:
@@ -63,7 +63,6 @@ def warm_up(transcriber: Transcriber) -> None:
     model, features = manifest.model, manifest.features
     silence = np.zeros((1, features.segment_samples), np.float32)
     states = backend.encode(transcriber.extractor(silence, [features.segment_frames]))
-    told = SongMemory(model, model.memory).ids_for(0) if model.memory else None
-    backend.admit(0, states[0, :1], None if told is None else told[None])
+    backend.admit(0, states[0, :1], first_memory(model, 1))
     start = np.array([transcriber.rules.start_token], np.int32)
     backend.step(start, np.zeros(1, np.int32))

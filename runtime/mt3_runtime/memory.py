@@ -20,14 +20,13 @@ class SongMemory:
 
     A segment reads start token, tokens and end token of the one before it, or as many of them as fit the span. One that
     was truncated has no end token, and that too is what the authors' code does. One that failed tells nothing that can
-    be relied on: the next segment is told what the first one is, as if the audio began there, and is listed in
-    `restarts`.
+    be relied on: the next segment is told what the first one is, as if the audio began there (`has_restarted`).
     """
 
     def __init__(self, model: ModelSpec, memory: MemorySpec) -> None:
         self._model, self._memory = model, memory
         self._next, self._ids = 0, _filled(memory, memory.first_tokens)
-        self._restarts: list[int] = []
+        self.has_restarted = False
 
     def ids_for(self, segment: int) -> IntArray | None:
         """What `segment` is told, int32 [span]; None while the segment before it is being decoded."""
@@ -35,17 +34,12 @@ class SongMemory:
 
     def keep(self, segment: int, row: DecodedRow[Any]) -> None:
         """Take what became of `segment`, which was the next one."""
-        self._next = segment + 1
-        if row.status == "failed":
-            self._restarts.append(self._next)
+        self._next, self.has_restarted = segment + 1, row.status == "failed"
+        if self.has_restarted:
             self._ids = _filled(self._memory, self._memory.first_tokens)
         else:
             end = [self._model.end_token] if row.status == "ended" else []
             self._ids = _filled(self._memory, [self._model.start_token, *row.tokens.tolist(), *end])
-
-    def restarts(self, segments: int) -> tuple[int, ...]:
-        """Which of the first `segments` segments were told as if the audio began there, ascending."""
-        return tuple(segment for segment in self._restarts if segment < segments)
 
 
 def first_memory(model: ModelSpec, rows: int) -> IntArray | None:

@@ -53,10 +53,11 @@ class Piece:
     """One pass over one piece of audio, and what there is to tell of it.
 
     Whoever reads the audio says in `samples` how many have come, and in `expected` how many segments there will be as
-    far as is known. Only segments that wait or are being decoded are held.
+    far as is known. Only segments that wait or are being decoded are held; without `record` there is no list of those
+    that did not end well either, for audio that may go on for days.
     """
 
-    def __init__(self, transcriber: Transcriber, *, number: int = 0) -> None:
+    def __init__(self, transcriber: Transcriber, *, number: int = 0, record: bool = True) -> None:
         self.number, self.is_finished, self.clock = number, False, Stopwatch()
         self.samples = self.expected = 0
         self._transcriber = transcriber
@@ -69,6 +70,7 @@ class Piece:
         model = self.manifest.model
         self._unfinished = Unfinished(model.channels)
         self._memory = SongMemory(model, model.memory) if model.memory else None
+        self._record, self._restarts = record, list[int]()
 
     @property
     def manifest(self) -> Manifest:
@@ -84,6 +86,11 @@ class Piece:
     def has_rows(self) -> bool:
         """Whether rows are left, those included that wait for the segment before them."""
         return bool(self._encoded or self._cut)
+
+    @property
+    def backlog(self) -> int:
+        """Segments that have come and are not decoded yet."""
+        return self._read - self._due
 
     def add(self, segments: Iterable[Segment]) -> None:
         """Take the next segments, in order of time."""
@@ -104,8 +111,13 @@ class Piece:
             return None
         if self._memory is None:
             return self._encoded.popleft()
-        memory = self._memory.ids_for(self._encoded[0].key.segment)
-        return None if memory is None else replace(self._encoded.popleft(), memory=memory)
+        segment = self._encoded[0].key.segment
+        memory = self._memory.ids_for(segment)
+        if memory is None:
+            return None
+        if self._record and self._memory.has_restarted:
+            self._restarts.append(segment)
+        return replace(self._encoded.popleft(), memory=memory)
 
     def _encode(self, group: list[Segment]) -> None:
         with self.clock.stage("features"):
@@ -122,7 +134,8 @@ class Piece:
         """Receive one decoded row; yields the segments that are complete now, in order of time."""
         self._decode_seconds += row.seconds
         self._tokens += len(row.tokens)
-        self._unfinished.note(row.key.segment, row.key.channel, row.status)
+        if self._record:
+            self._unfinished.note(row.key.segment, row.key.channel, row.status)
         self._under_way[row.key.segment].rows[row.key.channel] = row
         if self._memory:
             self._memory.keep(row.key.segment, row)
@@ -149,10 +162,6 @@ class Piece:
     def _duration(self) -> float:
         return self.samples / self.manifest.features.sample_rate
 
-    @property
-    def _restarts(self) -> tuple[int, ...]:
-        return self._memory.restarts(self._read) if self._memory else ()
-
     def result(self, notes: list[Note]) -> Transcription:
         """Everything about the finished pass; `notes` are those of all its segments."""
         transcriber, backend = self._transcriber, self._transcriber.backend
@@ -178,7 +187,7 @@ class Piece:
             dropped_events=statistics.dropped_events,
             truncated_segments=self._unfinished.segments("truncated"),
             failed_segments=self._unfinished.segments("failed"),
-            memory_restarts=self._restarts,
+            memory_restarts=tuple(self._restarts),
             strict_upstream=transcriber.strict_upstream,
             warnings=warnings,
         )

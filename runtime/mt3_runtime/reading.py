@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mt3_runtime.audio import open_audio, prepare_audio
 from mt3_runtime.devices import encode_group
-from mt3_runtime.errors import OptionError
+from mt3_runtime.errors import Mt3Error, OptionError
 from mt3_runtime.segments import iter_segments, segment_count, stream_segments
 
 if TYPE_CHECKING:
@@ -22,10 +22,13 @@ if TYPE_CHECKING:
     from mt3_runtime.transcriber import Source
 
 
-def rows_of(piece: Piece, audio: Source, sample_rate: int | None) -> Generator[Row[RowKey] | None, None, None]:
+def rows_of(
+    piece: Piece, audio: Source, sample_rate: int | None, *, patient: bool = False
+) -> Generator[Row[RowKey] | None, None, None]:
     """Read, cut and encode a whole piece of audio, one group of segments ahead of what is taken.
 
-    None where the next row waits for the one before it.
+    None where the next row waits for one that is being decoded. An error is raised at once, or, if `patient`, when all
+    segments before it are decoded.
 
     Raises:
         AudioError: the audio cannot be read or is out of bounds.
@@ -34,10 +37,28 @@ def rows_of(piece: Piece, audio: Source, sample_rate: int | None) -> Generator[R
     size = encode_group(piece.manifest)
     with closing(_segments(piece, audio, sample_rate)) as cut:
         segments = piece.clock.each("read", cut)
-        while group := list(islice(segments, size)):
+        error = None
+        while error is None:
+            group, error = _group(segments, size)
+            if not group or (error and not patient):
+                break
             piece.add(group)
             while piece.has_rows:
                 yield piece.next_row()
+        while error and patient and piece.backlog:
+            yield None
+        if error:
+            raise error
+
+
+def _group(segments: Iterator[Segment], size: int) -> tuple[list[Segment], Mt3Error | None]:
+    """The next segments, and what is wrong behind them."""
+    group: list[Segment] = []
+    try:
+        group.extend(islice(segments, size))
+    except Mt3Error as error:
+        return group, error
+    return group, None
 
 
 def _segments(piece: Piece, audio: Source, sample_rate: int | None) -> Generator[Segment, None, None]:

@@ -3,76 +3,108 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
+from mt3_runtime.audio import check_bounds
+from mt3_runtime.errors import OutputError
 from mt3_runtime.midi import write_midi
 from mt3_runtime.transcribe_command import check_suffix, check_writable, load_asked
 from mt3_runtime.transcription import note_to_dict
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
     from mt3_runtime.notes import Note
+    from mt3_runtime.transcriber import Transcriber
     from mt3_runtime.transcription import SegmentNotes
 
 TYPES = {"s16le": "<i2", "s32le": "<i4", "f32le": "<f4"}
 _READ = 1 << 16  # bytes at most at a time; what is there is taken at once
+_LEFT = 1 << 20  # bytes that are still read after a signal
 
 
 def stream_notes(arguments: argparse.Namespace, source: IO[bytes], target: IO[str]) -> None:
-    """Transcribe `source` to its end, or until interrupted, which counts as its end.
+    """Transcribe `source` to its end, or until Ctrl-C or a SIGTERM, which count as its end.
+
+    An error, too, leaves a MIDI file with the notes before it.
 
     Raises:
         AudioError: the samples cannot be used.
         OptionError: the output has another suffix than MIDI's.
-        OutputError: the MIDI file cannot be written.
+        OutputError: the MIDI file cannot be written, or nobody reads `target` any more.
     """
     check_suffix(arguments.output, ".mid", ".midi")
     if arguments.output is not None:
         check_writable(arguments.output)
+    check_bounds("standard input", arguments.channels, arguments.rate, 0)
     transcriber = load_asked(arguments)
-    kind = np.dtype(TYPES[arguments.format])
-    notes: list[Note] = []
     if notice := transcriber.bundle.manifest.origin.notice:
         print(f"note: {notice}", file=sys.stderr)
     print(f"listening: {arguments.channels} x {arguments.format} at {arguments.rate} Hz", file=sys.stderr)
+    notes: list[Note] = []
     interrupt = _Interrupt()
-    with interrupt.installed():
-        blocks = _blocks(source, kind, arguments.channels, interrupt)
-        for segment in transcriber.stream(blocks, arguments.rate):
-            print(_line(segment), file=target, flush=True)
-            if arguments.output is not None:
-                notes += segment.notes
+    try:
+        with interrupt.installed():
+            blocks = _blocks(source, np.dtype(TYPES[arguments.format]), arguments.channels, interrupt)
+            for segment in transcriber.stream(blocks, arguments.rate):
+                if arguments.output is not None:
+                    notes += segment.notes
+                _write(_line(segment), target)
+    except BaseException:
+        if notes:
+            _save(notes, arguments.output, transcriber)
+        raise
     if arguments.output is not None:
-        for notice in write_midi(notes, arguments.output, style=transcriber.midi_style):
-            print(f"note: {notice}", file=sys.stderr)
+        _save(notes, arguments.output, transcriber)
+
+
+def _save(notes: list[Note], path: Path, transcriber: Transcriber) -> None:
+    for notice in write_midi(notes, path, style=transcriber.midi_style):
+        print(f"note: {notice}", file=sys.stderr)
+
+
+def _write(line: str, target: IO[str]) -> None:
+    try:
+        print(line, file=target, flush=True)
+    except OSError as error:
+        with suppress(OSError, ValueError):  # or else it is tried again, and complained about, when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), target.fileno())
+        raise OutputError(
+            f"nobody reads the notes any more ({error.strerror}): check what they are piped to"
+        ) from error
 
 
 class _Interrupt:
-    """Turns the first Ctrl-C into the end of the input, wherever it comes; the second one is as always."""
+    """Turns the first Ctrl-C or SIGTERM into the end of the input, wherever it comes; the second is as always."""
 
     def __init__(self) -> None:
         self.asked = self.reading = False
+        self._after = 0  # bytes read since it was asked
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        try:
-            before = signal.signal(signal.SIGINT, self._handle)
-        except ValueError:  # only the main thread has signals
-            yield
-            return
+        before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # What the parent had ignored stays so; only the main thread has signals.
+            if signal.getsignal(number) not in (None, signal.SIG_IGN):
+                with suppress(ValueError):
+                    before[number] = signal.signal(number, self._handle)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _handle(self, *_: object) -> None:
         if self.asked or self.reading:
@@ -82,14 +114,27 @@ class _Interrupt:
 
     def read(self, source: IO[bytes]) -> bytes:
         """What is there, waiting only where nothing is; empty at the end."""
-        self.reading = not self.asked
+        # read1 does not wait until everything asked for is there
+        read = getattr(source, "read1", source.read)
+        if not self.asked:
+            try:
+                self.reading = True
+                return bytes(read(_READ))
+            except KeyboardInterrupt:
+                pass
+            finally:
+                self.reading = False
+        return self._rest(source, read)
+
+    def _rest(self, source: IO[bytes], read: Callable[[int], bytes]) -> bytes:
+        """What had come before the signal and lies in the pipe, of one that never ends a megabyte."""
         try:
-            # read1 does not wait until everything asked for is there
-            return getattr(source, "read1", source.read)(_READ) if self.reading else b""
-        except KeyboardInterrupt:
-            return b""
-        finally:
-            self.reading = False
+            there = bool(select.select([source], [], [], 0)[0])
+        except (OSError, ValueError, TypeError):  # it has no descriptor
+            there = False
+        data = bytes(read(_READ)) if there and self._after < _LEFT else b""
+        self._after += len(data)
+        return data
 
 
 def _blocks(

@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 
     from mt3_runtime.backends import Backend
     from mt3_runtime.bundle import Bundle
+    from mt3_runtime.decoding import Row
     from mt3_runtime.errors import Mt3Error
     from mt3_runtime.many import Item
     from mt3_runtime.notes import Note
+    from mt3_runtime.piece import RowKey
     from mt3_runtime.transcription import SegmentNotes, Transcription
 
     Source = str | os.PathLike[str] | ArrayLike
@@ -84,7 +86,7 @@ class Transcriber:
         with self._turn():
             piece = Piece(self)
             notes: list[Note] = []
-            for done, segment in enumerate(self._segments(piece, audio, sample_rate), start=1):
+            for done, segment in enumerate(self._segments(rows_of(piece, audio, sample_rate), piece), start=1):
                 notes.extend(segment.notes)
                 if progress:
                     progress(done, segment.count)
@@ -97,7 +99,8 @@ class Transcriber:
         What is wrong in the middle of a file is raised when the reading comes to it, after the segments before it.
         """
         with self._turn():
-            yield from self._segments(Piece(self), audio, sample_rate)
+            piece = Piece(self)
+            yield from self._segments(rows_of(piece, audio, sample_rate, patient=True), piece)
 
     def transcribe_many(
         self, sources: Iterable[Item], *, progress: ManyProgress | None = None
@@ -124,7 +127,8 @@ class Transcriber:
         """Transcribe audio while it comes; yields the segments one by one, as `iter_segments` does.
 
         Before the next block is asked for, all segments that are complete were decoded and given: a segment's notes
-        are there as soon as its last sample has come and it is decoded. A source that is faster than decoding should
+        are there as soon as its last sample has come and it is decoded (at other rates than the model's, the resampler
+        holds back the last 20 to 100 ms). A source that is faster than decoding should
         join what has come in the meantime to one block: its segments are decoded side by side. For several streams
         see `live`. The notes are those of `transcribe`.
 
@@ -147,17 +151,23 @@ class Transcriber:
 
     @contextmanager
     def live(self) -> Iterator[LiveStreams[Any]]:
-        """Streams side by side; this transcriber is busy until the block ends."""
+        """Streams side by side; until the block ends, this transcriber is busy, and other threads wait."""
         with self._turn():
-            yield LiveStreams(self)
+            streams: LiveStreams[Any] = LiveStreams(self)
+            try:
+                yield streams
+            finally:
+                streams.close()
 
     def new_note_state(self) -> NoteState:
         """What turns the tokens of one piece of audio into notes."""
         model = self.bundle.manifest.model
         return new_note_state(model, self.vocabulary, strict_upstream=self.strict_upstream)
 
-    def _segments(self, piece: Piece, audio: Source, sample_rate: int | None) -> Iterator[SegmentNotes]:
-        with closing(rows_of(piece, audio, sample_rate)) as rows:
+    def _segments(
+        self, source: Generator[Row[RowKey] | None, None, None], piece: Piece
+    ) -> Generator[SegmentNotes, None, None]:
+        with closing(source) as rows:
             for row in decode_rows(self.backend, rows, self.rules):
                 yield from piece.take(row)
 
