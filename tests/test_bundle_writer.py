@@ -349,3 +349,10 @@ def test_each_family_has_its_vocabulary():
         "mt3": 1391,
         "yourmt3": 596,
     }
+
+
+def test_heads_that_no_backend_runs_are_refused_before_any_work(tiny_checkpoint, tmp_path):
+    odd = replace(tiny_checkpoint, model=replace(TINY_MODEL, num_heads=8, d_kv=4))
+    with pytest.raises(BundleError, match="heads of width 4 are no multiple of 8"):
+        bundle_writer.export_bundle(odd, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
