@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
@@ -58,58 +57,58 @@ def test_format_and_size(clip):
     assert {path.name for path in FOLDER.iterdir()} == {"clip.flac", "reference.mid", "README.md"}
 
 
-def test_reference_is_one_voice_then_drums(reference, melody, drums):
+def test_reference_is_a_small_band(reference, melody, drums):
     assert reference.resolution == 220
-    assert len({track.program for track in reference.instruments if not track.is_drum}) >= 3
-    assert len(melody) >= 15
-    assert len(drums) >= 6
-    assert all(48 <= note.pitch <= 84 and 0.2 <= note.end - note.start <= 0.6 for note in melody)
-    assert all(first.end <= second.start for first, second in itertools.pairwise(melody))
-    assert min(hit.start for hit in drums) >= melody[-1].end
+    programs = {track.program for track in reference.instruments if not track.is_drum}
+    assert programs == {0, 33, 48}
+    assert len(melody) >= 30
+    assert len(drums) >= 20
+    assert {note.pitch for note in drums} == {36, 38, 42}
+    assert all(40 <= note.pitch <= 84 and 0.2 <= note.end - note.start <= 1.3 for note in melody)
     crossing = [note for note in melody if int(note.start / SEGMENT) != int(note.end / SEGMENT)]
-    assert len(crossing) >= 3
+    assert len(crossing) >= 5
+    together = [sum(other.start <= time < other.end for other in melody) for time in np.arange(3, 9, 0.1)]
+    assert max(together) == 2
 
 
-def test_every_note_is_heard_at_its_pitch(clip, melody):
-    """The strongest harmonic series a quarter of the way into a note has the note's fundamental."""
-    candidates = np.arange(40, 92)
+def loudness(samples, pitch, start, length=1600):
+    """Of the first three partials of a pitch, over the samples from `start` seconds on."""
+    hertz = 440.0 * 2.0 ** ((pitch - 69) / 12.0) * np.arange(1, 4)
+    return np.interp(hertz, *spectrum(samples, start, length)[::-1])
+
+
+def test_every_onset_is_heard_on_time(clip, melody):
+    """A partial at least is weak just before an onset and strong just after it, unless it sounded on from before."""
     for note in melody:
-        magnitudes, frequencies = spectrum(clip, note.start + 0.02, length=3200)
-        scores = []
-        for pitch in candidates:
-            fundamental = 440.0 * 2.0 ** ((pitch - 69) / 12.0)
-            partials = [fundamental * k for k in range(1, 6) if fundamental * k < 7000]
-            # Weights that fall, so that neither half nor twice the fundamental wins.
-            scores.append(
-                sum(np.interp(f, frequencies, magnitudes) / k for k, f in enumerate(partials, 1)) / len(partials)
-            )
-        assert candidates[int(np.argmax(scores))] == note.pitch, note
+        if any(abs(other.end - note.start) < 0.05 and other.pitch == note.pitch for other in melody):
+            continue
+        before, after = (loudness(clip, note.pitch, note.start + shift) for shift in (-0.105, 0.05))
+        assert (after > 2.5 * before).any(), note
 
 
-def test_every_melodic_onset_is_heard_on_time(clip, melody):
-    """The second partial is weak just before the onset and strong just after it; the voice never pauses."""
+def test_every_note_is_louder_than_its_neighbours(clip, melody):
+    """Half tones above and below, whatever else sounds: their fundamentals are weaker."""
     for note in melody:
-        # The fundamentals of neighbouring notes lie as close as 100 ms resolve, and third partials meet fourths.
-        partial = 2 * 440.0 * 2.0 ** ((note.pitch - 69) / 12.0)
-        before, after = (
-            np.interp(partial, *spectrum(clip, note.start + shift, length=1600)[::-1]) for shift in (-0.105, 0.05)
+        here, above, below = (
+            loudness(clip, note.pitch + shift, note.start + 0.03, 3200)[:2].max() for shift in (0, 1, -1)
         )
-        assert after > 4 * before, note
-    assert all(0 <= second.start - first.end < 0.05 for first, second in itertools.pairwise(melody))
+        assert here > 1.5 * max(above, below), note
 
 
-def test_every_drum_hit_is_heard_on_time(clip, melody, drums):
-    """Energy rises within 50 ms of each hit of the drum part and nowhere else in it."""
+def test_every_drum_hit_is_heard_on_time(clip, drums):
+    """Energy that no instrument has, below 75 Hz or above 5 kHz, rises within 30 ms of each hit and nowhere else."""
     hop, width = 80, 512
     frames = np.lib.stride_tricks.sliding_window_view(np.pad(clip, (width, width)), width)[::hop]
-    levels = np.log(np.abs(np.fft.rfft(frames * np.hanning(width))) + 0.05)  # [frames, bins]
-    flux = np.maximum(levels[4:] - levels[:-4], 0.0).sum(axis=1)
+    magnitudes = np.abs(np.fft.rfft(frames * np.hanning(width)))
+    high = magnitudes[:, round(5500 / RATE * width) :].sum(axis=1)
+    flux = np.maximum(high[4:] - high[:-4], 0.0)
     times = (np.arange(flux.size) + 4) * hop / RATE - width / RATE / 2
-    part = times > melody[-1].end
-    near = np.abs(times[:, None] - np.array([hit.start for hit in drums])[None]) < 0.05  # [frames, hits]
+    hits = np.array(sorted({hit.start for hit in drums}))
+    near = np.abs(times[:, None] - hits[None]) < 0.03  # [frames, hits]
     assert near.any(axis=0).all()
-    weakest = min(flux[near[:, hit]].max() for hit in range(len(drums)))
-    assert weakest > 2 * flux[part & ~near.any(axis=1)].max()
+    weakest = min(flux[near[:, hit]].max() for hit in range(len(hits)))
+    quiet = ~(np.abs(times[:, None] - hits[None]) < 0.06).any(axis=1) & (times < hits[-1])
+    assert weakest > 2 * flux[quiet].max()
 
 
 def test_silence_before_the_first_note(clip, melody):
