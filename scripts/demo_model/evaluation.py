@@ -99,9 +99,10 @@ def table(rows: Sequence[Row]) -> str:
     ]
     for row in rows:
         scores = row.agreement
+        drums = scores.drums if KINDS[row.kind].drums else None  # hits that are none count as onsets
         shown = " | ".join(
             "-" if value is None else f"{value:.3f}"
-            for value in (scores.onset, scores.instrument, scores.offset, scores.drums)
+            for value in (scores.onset, scores.instrument, scores.offset, drums)
         )
         lines.append(f"| {row.clips} of {ROWS[row.kind]} | {row.seconds:.0f} | {shown} |")
     return "\n".join(lines)
