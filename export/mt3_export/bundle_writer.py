@@ -69,8 +69,8 @@ def export_bundle(
     """
     if checkpoint.model.d_kv % HEAD_UNIT:
         raise BundleError(
-            f"heads of width {checkpoint.model.d_kv} are no multiple of {HEAD_UNIT}, which ONNX Runtime's attention asks "
-            "for: check the number of heads"
+            f"heads of width {checkpoint.model.d_kv} are no multiple of {HEAD_UNIT}, as ONNX Runtime asks: "
+            "check the number of heads"
         )
     if not notice.isprintable():
         raise OptionError("the notice holds a line break or a control character: give one line of text")
