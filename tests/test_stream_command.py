@@ -119,6 +119,14 @@ def test_an_error_keeps_the_notes_before_it(monkeypatch, capsys, clip, tmp_path)
 COMMAND = [str(Path(sys.executable).parent / "mt3-run"), "stream", "--rate", str(RATE), "--threads", "1"]
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Signals are as in a terminal: tests that run in the background inherit that they are ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @contextmanager
 def listening(*options, **settings):
     """A process that waits for samples."""
