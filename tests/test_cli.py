@@ -42,12 +42,13 @@ def run(capsys, *arguments):
     return code, captured.out, captured.err.splitlines()
 
 
-def test_transcribe_writes_what_is_asked_for(capsys, tone, tmp_path):
+def test_transcribe_writes_what_is_asked_for(capsys, tmp_path):
+    clip = demo_clip_path() / "clip.flac"
     outputs = {"-o": tmp_path / "a.mid", "--json": tmp_path / "a.json", "--picture": tmp_path / "a.png"}
     options = [part for pair in outputs.items() for part in pair]
-    code, out, lines = run(capsys, "transcribe", tone, *options)
+    code, out, lines = run(capsys, "transcribe", clip, *options)
     assert (code, out) == (0, "")
-    assert f"{tone} -> " in lines[0]
+    assert f"{clip} -> " in lines[0]
     assert "demo model" in lines[1]
     assert "not for real music" in lines[1]
     document = json.loads(outputs["--json"].read_text())

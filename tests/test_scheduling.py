@@ -145,16 +145,16 @@ def leave_the_hole(backend, slots, holes):
 
 def admit_one_slot_off(backend, slots, holes, fresh, place=decoding._place):
     class Shifted:
-        def admit(self, first, states):
-            backend.admit(first - 1 if first else first, states)
+        def admit(self, first, states, memory):
+            backend.admit(first - 1 if first else first, states, memory)
 
     place(Shifted(), slots, holes, fresh)
 
 
 def admit_in_reverse(backend, slots, holes, fresh, place=decoding._place):
     class Reversed:
-        def admit(self, first, states):
-            backend.admit(first, states[::-1])
+        def admit(self, first, states, memory):
+            backend.admit(first, states[::-1], memory)
 
     place(Reversed(), slots, holes, fresh)
 
