@@ -88,10 +88,11 @@ def frame_losses(
     later = _soft_columns(timed.flatten(0, 1) * extra["following.scale"], columns)
     segment, frame, pitch, program = batch["voices"].unbind(-1)
     matrices = extra["voices.weight"].to(states.dtype)[pitch]  # [cases, programs, d_model]
-    voices = (matrices @ states[segment, frame].unsqueeze(-1)).squeeze(-1).float()
+    scores = (matrices @ states[segment, frame].unsqueeze(-1)).squeeze(-1).float()
+    voices = F.cross_entropy(scores, program, reduction="sum") / max(1, len(program))  # drums alone have none
     happens = batch["spoken"][..., -len(VELOCITY_IDS) :].amax(-1).float()  # every event has a velocity
     events = F.binary_cross_entropy_with_logits(flags * extra["events.scale"] + extra["events.bias"], happens)
-    return {"frames": frames, "following": later, "voices": F.cross_entropy(voices, program), "events": events}
+    return {"frames": frames, "following": later, "voices": voices, "events": events}
 
 
 def _presence(logits: Tensor, labels: Tensor) -> Tensor:

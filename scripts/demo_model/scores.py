@@ -42,6 +42,7 @@ KINDS = {
         Kind("beat", 1, drums=True),
         Kind("trio", 3, drums=True),
         Kind("band", 4, drums=True),
+        Kind("drums", 0, drums=True),
     )
 }
 
