@@ -14,8 +14,11 @@ from demo_model.scores import compose
 from demo_model.synthesis import RATE, Wave, add, play
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
+    from numpy.random import Generator
+
+    from demo_model.families import Timbre
     from demo_model.scores import Kind
     from mt3_runtime.notes import Note
 
@@ -44,11 +47,23 @@ def make_clip(kind: Kind, seconds: tuple[float, float], seed: Sequence[int]) -> 
     gains = {program: 10.0 ** (rng.uniform(-3.0, 3.0) / 20.0) for program in timbres}
     kit = {key: DRUMS[key].hit(rng) for key in sorted({note.pitch for note in notes if note.is_drum})}
     beat = 10.0 ** (rng.uniform(0.0, 6.0) / 20.0)  # a hit is shorter than a note, and peaks higher
-    mix = np.zeros(round(length * RATE), np.float32)
+    mix = perform(notes, round(length * RATE), {p: (timbres[p], gains[p]) for p in timbres}, (kit, beat), rng)
+    return Clip(tuple(notes), record(mix, rng))
+
+
+def perform(
+    notes: Iterable[Note],
+    samples: int,
+    timbres: Mapping[int, tuple[Timbre, float]],
+    kit: tuple[Mapping[int, Wave], float],
+    rng: Generator,
+) -> Wave:
+    """The sound of all notes [samples]. `timbres`: timbre and gain by program; `kit`: hits by key, and their gain."""
+    mix = np.zeros(samples, np.float32)
     for note in notes:
         if note.is_drum:
-            add(mix, kit[note.pitch], note.onset, beat * (note.velocity / 127.0) ** 1.3)
+            add(mix, kit[0][note.pitch], note.onset, kit[1] * (note.velocity / 127.0) ** 1.3)
         else:
-            wave = play(note.pitch, note.offset - note.onset, note.velocity, timbres[note.program], rng)
-            add(mix, wave, note.onset, gains[note.program])
-    return Clip(tuple(notes), record(mix, rng))
+            timbre, gain = timbres[note.program]
+            add(mix, play(note.pitch, note.offset - note.onset, note.velocity, timbre, rng), note.onset, gain)
+    return mix
