@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 
 from bundle_cases import seal
 from memory_cases import CONTEXT, PREFIX_MEMORY, export_with, memory_checkpoint
@@ -108,3 +109,11 @@ def channels_bundle(tiny_bundle):
         tiny_bundle,
         manifest=replace(manifest, model=model, features=features, vocabulary=vocabulary, contracts=contracts),
     )
+
+
+@pytest.fixture
+def trusted_names():
+    """Whatever a test does with a file, torch trusts no more names afterwards than before."""
+    before = set(torch.serialization.get_safe_globals())
+    yield
+    assert set(torch.serialization.get_safe_globals()) == before

@@ -44,3 +44,13 @@ def positions_of(backend, key):
 
 def admissions_of(backend, key):
     return sum(call.keys.count(key) for call in backend.calls if isinstance(call, Admitted))
+
+
+def follow(backend, steps, count):
+    """Step slots 0..count-1 from their start: tokens and log-probabilities [rows, steps]."""
+    tokens, chosen = np.zeros(count, np.int32), []
+    for position in range(steps):
+        found, log_probs = backend.step(tokens, np.full(count, position, np.int32))
+        tokens = found.copy()
+        chosen.append((tokens, log_probs.copy()))
+    return tuple(np.array(column).T for column in zip(*chosen, strict=True))

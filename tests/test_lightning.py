@@ -31,20 +31,13 @@ from yourmt3_states import AUTHORS_CLASSES, authors_modules, authors_state, hype
 
 MODEL = "yptf-multi"
 NUMPY = ("core.multiarray._reconstruct", "core.multiarray.scalar", "_core.multiarray._reconstruct")
+pytestmark = pytest.mark.usefixtures("trusted_names")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def threads():
     with one_thread():
         yield
-
-
-@pytest.fixture(autouse=True)
-def untouched():
-    """Whatever happens to a file, torch trusts no more names afterwards than before."""
-    before = set(torch.serialization.get_safe_globals())
-    yield
-    assert set(torch.serialization.get_safe_globals()) == before
 
 
 @pytest.fixture(scope="module")

@@ -46,11 +46,6 @@ def near(notes):
     return [(n.onset, n.offset, n.pitch, n.velocity, n.program, n.is_drum, round(n.confidence, 4)) for n in notes]
 
 
-def drain(live):
-    while not live.is_idle:
-        live.advance()
-
-
 # ---- the notes of the whole audio -----------------------------------------------------------------------
 
 
@@ -190,9 +185,7 @@ def test_a_long_block_keeps_nobody_waiting(tiny_bundle):
             live.open(name, RATE)
         live.feed("long", levels(tiny_bundle, range(12)))
         live.feed("short", levels(tiny_bundle, [15], cut=0))
-        order = []
-        while not live.is_idle:
-            order += [name for name, _ in live.advance()]
+        order = [name for name, _ in live.drain()]
     assert order.index("short") <= 1
 
 
@@ -205,9 +198,7 @@ def test_a_stream_that_is_dropped_gives_nothing_and_disturbs_nobody(tiny_bundle)
         for _ in range(5):
             assert live.advance() == []
         live.drop("gone")
-        found = []
-        while not live.is_idle:
-            found += live.advance()
+        found = list(live.drain())
         live.open("gone", RATE)  # the name is free
     assert [(name, [note.pitch for note in segment.notes]) for name, segment in found] == [("here", [40])]
 
@@ -225,8 +216,7 @@ def test_a_name_is_free_when_its_last_segment_was_given(tiny_bundle):
             for call in (live.end, lambda key: live.feed(key, [0.0])):
                 with pytest.raises(OptionError, match="'again' has ended"):
                     call("again")
-            while not live.is_idle:
-                found += [(segment.index, segment.is_last, segment.notes[0].pitch) for _, segment in live.advance()]
+            found += [(segment.index, segment.is_last, segment.notes[0].pitch) for _, segment in live.drain()]
         live.open("again", RATE)
         live.feed("again", levels(tiny_bundle, [4, 5]))
         live.end("again")
@@ -273,7 +263,7 @@ def test_after_an_error_nothing_goes_on_as_if_nothing_had_been(tiny_bundle, plac
             setattr(busy.backend, place, failing)
         live.feed("a", levels(tiny_bundle, [3], cut=0))
         with pytest.raises(error, match="no more"):
-            drain(live)
+            list(live.drain())
         if kept:
             setattr(busy.backend, place, kept)
         assert live.is_idle  # no loop goes on for ever
@@ -343,9 +333,7 @@ def test_misuse_is_refused_and_nothing_is_lost(tiny_bundle):
                 live.feed("a", block)
         live.feed("a", samples[70:])
         live.end("a")
-        found = []
-        while not live.is_idle:
-            found += [segment.notes for _, segment in live.advance()]
+        found = [segment.notes for _, segment in live.drain()]
     assert [note.pitch for notes in found for note in notes][:2] == [21, 22]
 
 
@@ -375,10 +363,9 @@ def test_a_stream_that_never_ends_holds_nothing(tiny_bundle, script):
         piece = live._pieces[0].piece
         for number in range(200):
             live.feed("radio", segment)
-            while not live.is_idle:
-                for _, found in live.advance():
-                    assert found.index == number
-                    given += 1
+            for _, found in live.drain():
+                assert found.index == number
+                given += 1
             assert not piece.has_rows
             assert not piece._under_way
             busy.backend.calls.clear()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import TINY_FEATURES, TINY_MODEL
+from decoding_cases import follow
 from memory_cases import CONTEXT, END, SPAN, TIE
 from mt3_runtime.backends.ort import OrtBackend, without_fill
 from mt3_runtime.decoding import DecodingRules, Row, decode_rows
@@ -42,16 +43,6 @@ def bundle(request):
 @pytest.fixture
 def backend(bundle):
     return OrtBackend(bundle, slots=ROWS, threads=1)
-
-
-def follow(backend, steps, count):
-    """Step slots 0..count-1 from their start: tokens and log-probabilities [rows, steps]."""
-    tokens, chosen = np.zeros(count, np.int32), []
-    for position in range(steps):
-        found, log_probs = backend.step(tokens, np.full(count, position, np.int32))
-        tokens = found.copy()
-        chosen.append((tokens, log_probs.copy()))
-    return tuple(np.array(column).T for column in zip(*chosen, strict=True))
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 
 from bundle_cases import forge
 from conftest import TINY_FEATURES, TINY_MODEL
+from decoding_cases import follow
 from mt3_runtime.backends.ort import OrtBackend
 from mt3_runtime.bundle import open_bundle
 from mt3_runtime.decoding import DecodingRules, Row, decode_rows
@@ -40,16 +41,6 @@ def other(tiny_bundle):
 
 def ints(*values):
     return np.array(values, np.int32)
-
-
-def follow(backend, steps, count):
-    """Step slots 0..count-1 from their start: tokens and log-probabilities [rows, steps]."""
-    tokens, chosen = np.zeros(count, np.int32), []
-    for position in range(steps):
-        found, log_probs = backend.step(tokens, np.full(count, position, np.int32))
-        tokens = found.copy()
-        chosen.append((tokens, log_probs.copy()))
-    return tuple(np.array(column).T for column in zip(*chosen, strict=True))
 
 
 def decode(backend, states, rules=RULES):

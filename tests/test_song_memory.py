@@ -162,9 +162,8 @@ def test_live_streams_remember_each_its_own(memory_bundle):
             live.open(name, RATE)
             live.feed(name, levels(memory_bundle, song))
             live.end(name)
-        while not live.is_idle:
-            for name, segment in live.advance():
-                found[name] += [note.pitch for note in segment.notes]
+        for name, segment in live.drain():
+            found[name] += [note.pitch for note in segment.notes]
     assert found == {name: [20 + key for key in song] for name, song in songs.items()}
     for song in songs.values():
         for key in song:

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mt3_export.mr_mt3 import VARIANTS, models_of
+from mt3_export.mr_mt3 import models_of
 from mt3_export.published import PUBLISHED
+from mt3_export.settings import FAMILY
 from mt3_export.yourmt3_models import MODELS as YOURMT3
 from mt3_runtime.cli import positive, report_errors
 from mt3_runtime.errors import CheckpointError, OptionError
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001 -- argparse names it no other way
 
-MODELS = ("mt3", *VARIANTS, *YOURMT3)
+MODELS = (*FAMILY, *YOURMT3)
 DIFFERS = 1  # exit code of `verify` when a graph is further from torch than it may be
 
 

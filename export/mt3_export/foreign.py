@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mt3_export.mr_mt3 import VARIANTS
+from mt3_export.state import MEMORY_ENCODER
 from mt3_export.yourmt3_models import MODELS, identify
 from mt3_runtime.errors import CheckpointError
 
@@ -15,7 +16,7 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
 )
 
 _YOURMT3 = (b"task_manager", b"pitchshift", b"latent_array", b"additive_pe")
-_MEMORY = (b"segmem_encoder.", b"segmem_proj.")
+_MEMORY = (f"{MEMORY_ENCODER}.".encode(), b"segmem_proj.")
 _NAMES: tuple[tuple[tuple[bytes, ...], str], ...] = (
     (
         (b"pytorch-lightning_version", b"model.encoder.block", b"model.decoder.block", b"model.proj.weight"),

@@ -42,7 +42,7 @@ class Memory(nn.Module):
     ) -> None:
         super().__init__()
         self.ops, self.heads, self.span = ops, model.num_heads, memory.span
-        block = Weights(tensors, f"{MEMORY_ENCODER}block.0.")
+        block = Weights(tensors, f"{MEMORY_ENCODER}.block.0.")
         attention = block.below("layer.0")
         self.embedding = Weights(tensors).vector("decoder_embed_tokens")
         self.projection = Weights(tensors).matrix("segmem_proj")
@@ -51,7 +51,7 @@ class Memory(nn.Module):
         self.key_value = attention.matrix("SelfAttention.k", "SelfAttention.v")
         self.output = attention.matrix("SelfAttention.o")
         self.feed_forward = FeedForward(block.below("layer.1"), ops)
-        self.final_norm = Weights(tensors, MEMORY_ENCODER).vector("final_layer_norm")
+        self.final_norm = Weights(tensors, f"{MEMORY_ENCODER}.").vector("final_layer_norm")
         self.register_buffer("positions", positions)
         self.register_buffer("fill", fill_table(tensors, positions, memory.fill_token))
         self.register_buffer("kept", torch.arange(memory.length))
@@ -74,7 +74,7 @@ class Memory(nn.Module):
 
 def fill_table(tensors: Mapping[str, Tensor], positions: Tensor, token: int) -> Tensor:
     """Keys, then values, of `token` at every position [span, 2*heads*d]: computed in float64, rounded once."""
-    attention = Weights(tensors, f"{MEMORY_ENCODER}block.0.layer.0.")
+    attention = Weights(tensors, f"{MEMORY_ENCODER}.block.0.layer.0.")
     weights = Weights(tensors)
     embedded = weights.exact("decoder_embed_tokens.weight")[token] @ weights.exact("segmem_proj.weight").T
     hidden = embedded + positions.double()

@@ -165,7 +165,7 @@ def _check_memory(spec: ModelSpec, tensors: dict[str, Tensor]) -> None:
     Raises:
         CheckpointError: they differ.
     """
-    blocks = count_blocks(MEMORY_ENCODER.rstrip("."), tensors)
+    blocks = count_blocks(MEMORY_ENCODER, tensors)
     if blocks > 1:
         raise CheckpointError(
             f"has a memory encoder of {blocks} blocks, only one is supported: use weights of segmem_num_layers 1"

@@ -17,6 +17,7 @@ from mt3_export.layers import DecoderLayer, EncoderLayer
 from mt3_export.lowering import split_heads
 from mt3_export.memory import Memory, Prefix
 from mt3_export.perceiver import PerceiverEncoder
+from mt3_export.state import MEMORY_ENCODER
 from mt3_export.weights import Weights
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def build_modules(
     else:
         modules["encoder"] = PerceiverEncoder(model, features, tensors, design, ops)
     if model.memory:
-        positions = position_table("segmem_encoder", model.memory.span, model, tensors)
+        positions = position_table(MEMORY_ENCODER, model.memory.span, model, tensors)
         modules["memory"] = Memory(model, model.memory, tensors, positions, ops)
     modules["cross_kv"] = CrossKV(model, tensors)
     if model.prefix_length:

@@ -22,10 +22,10 @@ DUPLICATES = {
     "encoder.embed_tokens.weight": "proj.weight",
     "decoder.embed_tokens.weight": "decoder_embed_tokens.weight",
 }
-MEMORY_DUPLICATES = {"segmem_encoder.embed_tokens.weight": "segmem_proj.weight"}
+MEMORY_ENCODER = "segmem_encoder"
+MEMORY_DUPLICATES = {f"{MEMORY_ENCODER}.embed_tokens.weight": "segmem_proj.weight"}
 INVERSE_FREQUENCIES = ("encoder.pos_emb.inv_freq", "decoder.pos_emb.inv_freq")
-MEMORY_INVERSE_FREQUENCY = "segmem_encoder.pos_emb.inv_freq"
-MEMORY_ENCODER = "segmem_encoder."
+MEMORY_INVERSE_FREQUENCY = f"{MEMORY_ENCODER}.pos_emb.inv_freq"
 MEMORY_PREFIX = "segmem_"  # of all that a memory adds
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -64,8 +64,8 @@ def expected_shapes(model: ModelSpec) -> dict[str, tuple[int, ...]]:
     shapes["lm_head.weight"] = (model.vocab_size, width)
     if model.memory:
         shapes["segmem_proj.weight"] = (width, width)
-        shapes |= block_shapes(f"{MEMORY_ENCODER}block.0", attentions[:1], width, inner, model.d_ff)
-        shapes[f"{MEMORY_ENCODER}final_layer_norm.weight"] = (width,)
+        shapes |= block_shapes(f"{MEMORY_ENCODER}.block.0", attentions[:1], width, inner, model.d_ff)
+        shapes[f"{MEMORY_ENCODER}.final_layer_norm.weight"] = (width,)
     return shapes
 
 

@@ -18,7 +18,7 @@ from mt3_runtime.devices import encode_group
 from mt3_runtime.errors import OptionError
 from mt3_runtime.loading import load
 from mt3_runtime.machine import describe_machine, package_versions, peak_rss_mb
-from mt3_runtime.memory import first_memory
+from mt3_runtime.memory import first_ids, first_memory
 from mt3_runtime.stopwatch import Stopwatch
 from mt3_runtime.version import __version__
 
@@ -160,14 +160,14 @@ def _one_pass(
     backend: Backend, features: FloatArray, group: int, rules: DecodingRules, model: ModelSpec
 ) -> tuple[float, float]:
     """Encode and decode everything: seconds of encoding, and of all. No segment waits for another one here."""
-    clock, told = Stopwatch(), first_memory(model, 1)
+    clock, memory = Stopwatch(), first_ids(model)
 
     def rows() -> Iterator[Row[int]]:
         for first in range(0, len(features), group):
             with clock.stage("encode"):
                 states = backend.encode(features[first : first + group])  # [segments, channels, frames, d_model]
             for own in states.reshape(-1, *states.shape[2:]):
-                yield Row(first, own.copy(), memory=None if told is None else told[0])
+                yield Row(first, own.copy(), memory=memory)
 
     for _ in clock.each("decode", decode_rows(backend, rows(), rules)):
         pass

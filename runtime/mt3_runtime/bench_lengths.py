@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mt3_runtime.decoding import DecodingRules, Row, decode_rows
 from mt3_runtime.errors import OptionError
-from mt3_runtime.memory import first_memory
+from mt3_runtime.memory import first_ids
 from mt3_runtime.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ def bench_lengths(
     longest = max(lengths)
     if longest > backend.length:
         raise OptionError(f"{longest} steps are more than the model's {backend.length}: give smaller --lengths")
-    told = first_memory(model, 1)
-    memory = None if told is None else told[0]
+    memory = first_ids(model)
     given = [
         Row(index, own, limit, memory) for index, (own, limit) in enumerate(zip(states, cycle(lengths), strict=False))
     ]

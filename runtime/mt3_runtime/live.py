@@ -13,10 +13,11 @@ from mt3_runtime.piece import Piece
 from mt3_runtime.segments import SegmentCutter
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Hashable, Iterator
 
     from numpy.typing import ArrayLike
 
+    from mt3_runtime.arrays import FloatArray
     from mt3_runtime.decoding import Row
     from mt3_runtime.piece import RowKey
     from mt3_runtime.transcriber import Transcriber
@@ -35,6 +36,11 @@ class _Stream(Generic[Key]):
     cutter: SegmentCutter
     channels: int | None = None  # known with the first block
     has_ended: bool = False
+
+    def cut(self, samples: FloatArray) -> None:
+        """Take samples [samples] at the model's rate."""
+        self.piece.samples += len(samples)
+        self.piece.add(self.cutter.cut(samples))
 
 
 class LiveStreams(Generic[Key]):
@@ -108,9 +114,7 @@ class LiveStreams(Generic[Key]):
         blocks = [stream.mono.mix(block) for block in to_float(array)]  # all of it can be used, or none is taken
         stream.channels = channels
         for block in blocks:
-            taken = stream.mono.take(block)
-            stream.piece.samples += len(taken)
-            stream.piece.add(stream.cutter.cut(taken))
+            stream.cut(stream.mono.take(block))
 
     def end(self, key: Key) -> None:
         """Say that a stream has no more blocks: what is left of it comes from the next calls of `advance`.
@@ -122,12 +126,11 @@ class LiveStreams(Generic[Key]):
         stream = self._stream(key, taking=True)
         stream.has_ended = True
         try:
-            taken = stream.mono.end()
+            rest = stream.mono.end()
         except AudioError:
             self._forget(stream)
             raise
-        stream.piece.samples += len(taken)
-        stream.piece.add(stream.cutter.cut(taken))
+        stream.cut(rest)
         stream.piece.add(stream.cutter.end())
 
     def drop(self, key: Key) -> None:
@@ -164,6 +167,11 @@ class LiveStreams(Generic[Key]):
             self._close(f"the streams were lost to an error ({error!r:.100}): begin another live()")
             raise
         return complete
+
+    def drain(self) -> Iterator[tuple[Key, SegmentNotes]]:
+        """Call `advance` until there is nothing to do: the segments as they are complete, by stream."""
+        while not self.is_idle:
+            yield from self.advance()
 
     def _check(self) -> None:
         if self._closed:

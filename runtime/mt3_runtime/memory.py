@@ -42,11 +42,15 @@ class SongMemory:
             self._ids = _filled(self._memory, [self._model.start_token, *row.tokens.tolist(), *end])
 
 
+def first_ids(model: ModelSpec) -> IntArray | None:
+    """What the first segment of a piece of audio is told, int32 [span]; None without a memory."""
+    return _filled(model.memory, model.memory.first_tokens) if model.memory else None
+
+
 def first_memory(model: ModelSpec, rows: int) -> IntArray | None:
-    """What the first segments of `rows` pieces of audio are told, int32 [rows, span]; None without a memory."""
-    if model.memory is None:
-        return None
-    return np.tile(_filled(model.memory, model.memory.first_tokens), (rows, 1))
+    """The same for the first segments of `rows` pieces, int32 [rows, span]."""
+    ids = first_ids(model)
+    return None if ids is None else np.tile(ids, (rows, 1))
 
 
 def _filled(memory: MemorySpec, tokens: Sequence[int]) -> IntArray:

@@ -125,32 +125,27 @@ class SegmentCutter:
 
     def cut(self, block: NDArray[np.float32]) -> Iterator[Segment]:
         """Yield the segments that `block` [samples] completes; views of it where they can be."""
-        size, features, vocabulary = self._features.segment_samples, self._features, self._vocabulary
+        size = self._features.segment_samples
         self._rest = np.concatenate([self._rest, block]) if self._rest.size else block
         while len(self._rest) >= self._least:
-            index, samples = self._index, self._rest[:size]
-            self._rest, self._index = self._rest[size:], index + 1
-            yield Segment(
-                index=index,
-                samples=_frozen(samples),
-                frames=features.segment_frames,
-                start=segment_start(index, features, vocabulary),
-                max_time=segment_start(index + 1, features, vocabulary),
-            )
+            samples, self._rest = self._rest[:size], self._rest[size:]
+            yield self._next(samples, self._features.segment_frames)
 
     def end(self) -> Iterator[Segment]:
         """Yield what is left: at least one segment, the last of all."""
-        size, features, vocabulary = self._features.segment_samples, self._features, self._vocabulary
-        samples, rest = self._index * size + len(self._rest), self._rest
-        for last in range(self._index, count := segment_count(samples, features)):
-            yield Segment(
-                index=last,
-                samples=_frozen(np.concatenate([rest, np.zeros(size - len(rest), np.float32)])),
-                frames=_real_frames(last, samples, features),
-                start=segment_start(last, features, vocabulary),
-                max_time=None if last == count - 1 else segment_start(last + 1, features, vocabulary),
-            )
-            rest = rest[:0]  # a segment of zeros may follow
+        size = self._features.segment_samples
+        total = self._index * size + len(self._rest)
+        count = segment_count(total, self._features)
+        while self._index < count:
+            samples = np.concatenate([self._rest, np.zeros(size - len(self._rest), np.float32)])
+            self._rest = self._rest[:0]  # a segment of zeros may follow
+            frames = _real_frames(self._index, total, self._features)
+            yield self._next(samples, frames, is_last=self._index == count - 1)
+
+    def _next(self, samples: NDArray[np.float32], frames: int, *, is_last: bool = False) -> Segment:
+        index, self._index = self._index, self._index + 1
+        start, following = (segment_start(i, self._features, self._vocabulary) for i in (index, index + 1))
+        return Segment(index, _frozen(samples), frames, start, None if is_last else following)
 
 
 def _frozen(samples: NDArray[np.float32]) -> NDArray[np.float32]:

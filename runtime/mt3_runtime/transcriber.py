@@ -143,11 +143,9 @@ class Transcriber:
             live.open(None, sample_rate)
             for block in blocks:
                 live.feed(None, block)
-                while not live.is_idle:
-                    yield from (segment for _, segment in live.advance())
+                yield from (segment for _, segment in live.drain())
             live.end(None)
-            while not live.is_idle:
-                yield from (segment for _, segment in live.advance())
+            yield from (segment for _, segment in live.drain())
 
     @contextmanager
     def live(self) -> Iterator[LiveStreams[Any]]:

@@ -16,8 +16,10 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import authors_weights
 import numpy as np
 import torch
+from authors_weights import with_weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -26,11 +28,7 @@ MODULES = {
     "T5SegMemV2": "models.t5_segmem_v2",
     "T5SegMemV2WithPrev": "models.t5_segmem_v2_with_prev",
 }
-SECOND_NAMES = {
-    "encoder.embed_tokens.weight": "proj.weight",
-    "decoder.embed_tokens.weight": "decoder_embed_tokens.weight",
-    "segmem_encoder.embed_tokens.weight": "segmem_proj.weight",
-}
+SECOND_NAMES = {**authors_weights.SECOND_NAMES, "segmem_encoder.embed_tokens.weight": "segmem_proj.weight"}
 SPAN = 1024  # as the authors call it, and were it another the memory would be
 
 
@@ -40,14 +38,7 @@ def build_network(name: str, sizes: dict[str, int], length: int, weights: dict[s
         **sizes, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0, use_cache=False
     )
     network = getattr(import_module(MODULES[name]), name)(config, segmem_num_layers=1, segmem_length=length)
-    width, bins = weights["proj.weight"].shape
-    if bins != width:  # the authors wrote a square projection, for their 512 bins and width 512
-        network.proj = nn.Linear(bins, width, bias=False)
-        network.encoder.embed_tokens = network.proj
-    constants = {key: value for key, value in network.state_dict().items() if key.endswith("inv_freq")}
-    copies = {second: weights[first] for second, first in SECOND_NAMES.items()}
-    network.load_state_dict({**constants, **weights, **copies}, strict=True)
-    return network.eval()
+    return with_weights(network, weights, SECOND_NAMES)
 
 
 @torch.inference_mode()

@@ -16,15 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from authors_weights import with_weights
 from mt3_infer.adapters.mr_mt3 import MRMT3Adapter, _import_t5_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import T5Config
 
-SECOND_NAMES = {
-    "encoder.embed_tokens.weight": "proj.weight",
-    "decoder.embed_tokens.weight": "decoder_embed_tokens.weight",
-}
 EARLY_END = 20  # the step whose token is also tried as end token: random weights hardly ever choose the real one
 POSITIONS = slice(0, 1024, 33)  # the first, the last, and 30 between
 
@@ -32,14 +29,7 @@ POSITIONS = slice(0, 1024, 33)  # the first, the last, and 30 between
 def build_network(sizes: dict[str, int], weights: dict[str, Tensor]) -> nn.Module:
     """The authors' network of these sizes, with these weights and no others."""
     network = _import_t5_model()(T5Config.from_dict(MRMT3Adapter().model_config | sizes))
-    width, bins = weights["proj.weight"].shape
-    if bins != width:  # the authors wrote a square projection, for their 512 bins and width 512
-        network.proj = nn.Linear(bins, width, bias=False)
-        network.encoder.embed_tokens = network.proj
-    constants = {key: value for key, value in network.state_dict().items() if key.endswith("inv_freq")}
-    copies = {second: weights[first] for second, first in SECOND_NAMES.items()}
-    network.load_state_dict({**constants, **weights, **copies}, strict=True)
-    return network.eval()
+    return with_weights(network, weights)
 
 
 def choose_greedily(network: nn.Module, states: Tensor, steps: int) -> tuple[Tensor, Tensor]:
