@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mt3_export.checkpoint import Checkpoint
-    from mt3_runtime.manifest import Precision, WeightsStorage
+    from mt3_runtime.graphs import Precision
+    from mt3_runtime.manifest import WeightsStorage
 
 # YourMT3 counts steps from the start of a segment, which is 205 steps long.
 VOCABULARIES = {"mt3": VocabularySpec(), "yourmt3": VocabularySpec(max_shift_steps=205)}

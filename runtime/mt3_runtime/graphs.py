@@ -3,17 +3,23 @@
 The exporter traces against it, bundles record it, backends bind by it. A dimension is a number, or the name of
 an axis that may take any size: `segments` and `rows` count sequences, `length` is the room of the self-attention
 cache in positions, `written` the number of tokens before all others are fill.
+
+What is written here is the fp32 form. In fp16 and bf16 the tensors that stay on the device between graphs (states,
+vectors of memory, keys and values) have that type, see `GraphSpec.typed`; what a host reads or writes does not change.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from mt3_runtime.specs import FeatureSpec, MemorySpec, ModelSpec
 
-DType = Literal["float32", "int32"]
+DType = Literal["float32", "float16", "bfloat16", "int32"]
+Precision = Literal["fp32", "fp16", "bf16"]
+HALVES: dict[Precision, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+HOST_TENSORS = ("features", "log_prob", "logits")  # float32 in every precision
 GRAPH_NAMES = ("encoder", "cross_kv", "decode_step")  # of every model
 
 
@@ -43,6 +49,19 @@ class GraphSpec:
     def output_names(self) -> list[str]:
         """Names of the outputs, in order."""
         return [tensor.name for tensor in self.outputs]
+
+    def typed(self, precision: Precision) -> GraphSpec:
+        """The same graph as it is written in another precision."""
+
+        def tensors(listed: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+            return tuple(
+                replace(tensor, dtype=HALVES[precision])
+                if tensor.dtype == "float32" and tensor.name not in HOST_TENSORS
+                else tensor
+                for tensor in listed
+            )
+
+        return GraphSpec(self.name, tensors(self.inputs), tensors(self.outputs))
 
 
 def layer_tensors(kind: str, layers: int, shape: tuple[int | str, ...]) -> tuple[TensorSpec, ...]:

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mt3_runtime.graphs import GraphSpec, graph_specs
+from mt3_runtime.graphs import GraphSpec, Precision, graph_specs
 from mt3_runtime.specs import FeatureSpec, MemorySpec, ModelSpec, VocabularySpec, require
 from mt3_runtime.strict import build, parse_json
 
@@ -21,8 +21,7 @@ ROOM_LIMIT = 2**28  # numbers in any one array whose size a manifest decides; MT
 FILE_NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
-LoweringName = Literal["ort", "tensorrt"]
-Precision = Literal["fp32"]
+LoweringName = Literal["ort", "cuda", "tensorrt"]
 WeightsStorage = Literal["fp32", "fp16"]
 
 

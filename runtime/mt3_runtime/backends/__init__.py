@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from mt3_runtime.arrays import FloatArray, IntArray
+    from mt3_runtime.arrays import FloatArray, IntArray, RowStates
 
 
 class Backend(Protocol):
@@ -22,15 +22,19 @@ class Backend(Protocol):
     precision: str
     threads: int
 
-    def encode(self, features: FloatArray) -> FloatArray:
-        """Features [segments, frames, bins] -> states [segments, channels, frames, d_model]."""
+    def encode(self, features: FloatArray) -> Any:
+        """Features [segments, frames, bins] -> states, indexed [segment][channel]; each means something to `admit`.
 
-    def admit(self, first: int, states: FloatArray, memory: IntArray | None = None) -> None:
+        On the CPU an array [segments, channels, frames, d_model]. On a device they stay there, as long as somebody
+        holds them.
+        """
+
+    def admit(self, first: int, states: RowStates, memory: IntArray | None = None) -> None:
         """Give slots first, first+1, ... to new rows.
 
         Args:
             first: the first of the slots, which are neighbours.
-            states: of the encoder [rows, frames, d_model].
+            states: what `encode` gave for each row [rows].
             memory: what each row is told of the segment before it, int32 [rows, span of the memory], for models that
                 have one (see `MemorySpec`).
         """
@@ -49,3 +53,35 @@ class Backend(Protocol):
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the row in slot `source`, `length` tokens long, to slot `target`."""
+
+
+class DeviceBackend(Backend, Protocol):
+    """Steps rows several tokens at a time, each fed back where it was computed; the host reads results afterwards.
+
+    Calls are carried out in the order in which they are made, `launch` without waiting: at most two launches are under
+    way. A row that has ended goes on in the launches that were made before the host knew; what comes of that is
+    nobody's, and never reaches beyond the row's own slot.
+    `chunk` is how many steps a launch takes best.
+    """
+
+    chunk: int
+
+    def seed(self, first: int, tokens: IntArray) -> None:
+        """Say what slots first, first+1, ... read in their next step, int32 [rows]: their rows were just admitted."""
+
+    def launch(self, positions: IntArray, steps: int) -> None:
+        """Begin `steps` steps of slots 0..n-1, each of which reads what its last step chose, or its seed.
+
+        Args:
+            positions: int32 [n], how many tokens each has read before the first of these steps. They go up by one with
+                every step, and stop at the last place of the cache.
+            steps: 1 to `chunk`.
+        """
+
+    def collect(self) -> tuple[IntArray, FloatArray]:
+        """Wait for the oldest launch that was not collected.
+
+        Returns:
+            What every step chose, int32 [steps, n], and its log-probabilities, float32 [steps, n], NaN where a logit
+            was not finite. Both are overwritten by the launch after the next.
+        """

@@ -13,7 +13,7 @@ from mt3_runtime.machine import default_threads
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mt3_runtime.arrays import FloatArray, IntArray
+    from mt3_runtime.arrays import FloatArray, IntArray, RowStates
     from mt3_runtime.bundle import Bundle
     from mt3_runtime.manifest import GraphFile
     from mt3_runtime.specs import MemorySpec
@@ -85,7 +85,7 @@ class OrtBackend:
         states: FloatArray = self._sessions["encoder"].run(["states"], {"features": features})[0]
         return states
 
-    def admit(self, first: int, states: FloatArray, memory: IntArray | None = None) -> None:
+    def admit(self, first: int, states: RowStates, memory: IntArray | None = None) -> None:
         """See `Backend.admit`.
 
         Raises:
@@ -96,7 +96,7 @@ class OrtBackend:
         if given != asked:
             fix = f"one of shape {asked}" if asked else "none"
             raise OptionError(f"{count} rows came with a memory of shape {given}: give them {fix}")
-        inputs = [np.ascontiguousarray(states)]
+        inputs = [np.ascontiguousarray(states, np.float32)]
         if memory is not None and self._memory:
             inputs.append(self._recall(memory, self._memory))
         names = self._contracts["cross_kv"].input_names

@@ -15,7 +15,7 @@ from mt3_runtime.vocabulary import END_TOKEN, PAD_TOKEN
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mt3_runtime.arrays import FloatArray, IntArray
+    from mt3_runtime.arrays import FloatArray, IntArray, RowStates
 
     Script: TypeAlias = Sequence[int | float]
 
@@ -105,9 +105,9 @@ class ScriptedBackend:
         self._encoded += len(keys)
         return keys.reshape(len(features), self._channels, 1, 1)
 
-    def admit(self, first: int, states: FloatArray, memory: IntArray | None = None) -> None:
+    def admit(self, first: int, states: RowStates, memory: IntArray | None = None) -> None:
         """See `Backend.admit`."""
-        keys = tuple(int(key) for key in states[:, 0, 0])
+        keys = tuple(int(key) for key in np.asarray(states)[:, 0, 0])
         _insist(memory is None or (len(memory) == len(keys) and memory.dtype == np.int32), "memory of other rows")
         _insist(bool(keys) and 0 <= first <= self.slots - len(keys), f"{len(keys)} rows do not fit from slot {first}")
         for slot, key in enumerate(keys, start=first):
