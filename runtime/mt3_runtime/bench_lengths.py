@@ -16,7 +16,7 @@ from mt3_runtime.stopwatch import Stopwatch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mt3_runtime.arrays import FloatArray, IntArray
+    from mt3_runtime.arrays import FloatArray, IntArray, RowStates
     from mt3_runtime.backends import Backend
     from mt3_runtime.specs import ModelSpec
 
@@ -119,7 +119,7 @@ class _Timed:
         self.precision, self.threads = backend.precision, backend.threads
         self.encode, self.step, self.move = backend.encode, backend.step, backend.move
 
-    def admit(self, first: int, states: FloatArray, memory: IntArray | None = None) -> None:
+    def admit(self, first: int, states: RowStates, memory: IntArray | None = None) -> None:
         with self._clock.stage("admit"):
             self._backend.admit(first, states, memory)
 
