@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 DType = Literal["float32", "float16", "bfloat16", "int32"]
 Precision = Literal["fp32", "fp16", "bf16"]
 HALVES: dict[Precision, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-HOST_TENSORS = ("features", "log_prob", "logits")  # float32 in every precision
+HOST_TENSORS = ("samples", "features", "log_prob", "logits")  # float32 in every precision
 GRAPH_NAMES = ("encoder", "cross_kv", "decode_step")  # of every model
 
 
@@ -68,6 +68,18 @@ def layer_tensors(kind: str, layers: int, shape: tuple[int | str, ...]) -> tuple
     """Keys of every layer, then values of every layer: `{kind}_key.{i}`, `{kind}_value.{i}`."""
     return tuple(
         TensorSpec(f"{kind}_{half}.{layer}", "float32", shape) for half in ("key", "value") for layer in range(layers)
+    )
+
+
+def features_spec(features: FeatureSpec) -> GraphSpec:
+    """Segments of audio to their features, where audio and not features is to be sent to a device.
+
+    `frames` counts the real frames of each segment; later ones become 0. In every precision it computes in float32.
+    """
+    samples = TensorSpec("samples", "float32", ("segments", features.segment_samples))
+    shape = ("segments", features.segment_frames, features.bins)
+    return GraphSpec(
+        "features", (samples, TensorSpec("frames", "int32", ("segments",))), (TensorSpec("features", "float32", shape),)
     )
 
 
