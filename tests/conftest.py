@@ -54,6 +54,14 @@ def tiny_bundle(tiny_folder):
 
 
 @pytest.fixture(scope="session")
+def half_folder(tmp_path_factory):
+    """Folder of a bundle in fp32, fp16 and bf16, see `half_cases`: read it, never change it."""
+    from half_cases import export_half  # noqa: PLC0415 -- it needs this module
+
+    return export_half(tmp_path_factory.mktemp("bundles"))
+
+
+@pytest.fixture(scope="session")
 def musical_folder(tiny_folder, tmp_path_factory):
     """The tiny bundle with a vocabulary in which random tokens make notes: few shifts, drums where arg-max often is."""
     folder = tmp_path_factory.mktemp("bundles") / "musical"

@@ -9,14 +9,16 @@ import os
 import secrets
 import shutil
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib import metadata
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from mt3_export.lowering import LOWERINGS
+from mt3_export.lowering import LOWERINGS, Cuda, TensorRT
 from mt3_export.network import build_modules
 from mt3_export.onnx_graph import PREFIX, trace
+from mt3_export.precision import PLANS, checked_precisions
 from mt3_export.state import printable
 from mt3_export.weights_file import WeightsFile, stored_weights
 from mt3_runtime.errors import BundleError, OptionError, OutputError
@@ -37,12 +39,13 @@ from mt3_runtime.specs import VocabularySpec
 from mt3_runtime.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from mt3_export.checkpoint import Checkpoint
+    from mt3_export.lowering import Lowering
     from mt3_runtime.graphs import Precision
-    from mt3_runtime.manifest import WeightsStorage
+    from mt3_runtime.manifest import LoweringName, WeightsStorage
 
 # YourMT3 counts steps from the start of a segment, which is 205 steps long.
 VOCABULARIES = {"mt3": VocabularySpec(), "yourmt3": VocabularySpec(max_shift_steps=205)}
@@ -54,7 +57,7 @@ def export_bundle(
     checkpoint: Checkpoint,
     output: Path,
     *,
-    precision: Precision = "fp32",
+    precisions: Sequence[Precision] = ("fp32",),
     weights_storage: WeightsStorage = "fp32",
     notice: str = "",
 ) -> Path:
@@ -76,7 +79,7 @@ def export_bundle(
     if not notice.isprintable():
         raise OptionError("the notice holds a line break or a control character: give one line of text")
     with _new_folder(output) as folder:
-        graphs = _write_graphs(checkpoint, folder, precision, weights_storage)
+        graphs = _write_graphs(checkpoint, folder, checked_precisions(precisions), weights_storage)
         files = {path.name: _record(path) for path in sorted(folder.iterdir())}
         origin = Origin(
             checkpoint=printable(checkpoint.source),
@@ -108,24 +111,45 @@ def export_bundle(
 
 
 def _write_graphs(
-    checkpoint: Checkpoint, folder: Path, precision: Precision, storage: WeightsStorage
+    checkpoint: Checkpoint, folder: Path, precisions: Sequence[Precision], storage: WeightsStorage
 ) -> tuple[GraphFile, ...]:
-    specs = graph_specs(checkpoint.model, checkpoint.features)
     tensors = stored_weights(checkpoint.tensors, storage)  # rounded before anything is folded, as `verify` does
+    rounded = replace(checkpoint, tensors=tensors)
+    entries: list[GraphFile] = []
+    for precision in precisions:
+        written = _lowerings(precision, alone=len(precisions) == 1)
+        its_storage: WeightsStorage = storage if precision == "fp32" else "fp32"  # halves are stored as they are
+        entries += _write_precision(rounded, folder, precision, written, its_storage)
+    return tuple(entries)
+
+
+def _lowerings(precision: Precision, *, alone: bool) -> dict[LoweringName, Lowering]:
+    """Half precision is for devices only; where there is any, CUDA gets fp32 too."""
+    plan = PLANS[precision]
+    cuda: dict[LoweringName, Lowering] = {"cuda": Cuda(plan)}
+    if precision != "fp32":
+        return {"tensorrt": TensorRT(plan), **cuda}
+    return LOWERINGS if alone else {**LOWERINGS, **cuda}
+
+
+def _write_precision(
+    checkpoint: Checkpoint, folder: Path, precision: Precision, lowerings: Mapping[LoweringName, Lowering],
+    storage: WeightsStorage,
+) -> Iterator[GraphFile]:  # fmt: skip
+    """Write the graphs of one precision and the file of their weights."""
+    specs = graph_specs(checkpoint.model, checkpoint.features)
     weights = WeightsFile(folder / f"weights.{precision}.bin", storage)
-    entries = []
     try:
-        for lowering, ops in LOWERINGS.items():
-            modules = build_modules(checkpoint.model, checkpoint.features, tensors, ops, checkpoint.design)
+        for lowering, ops in lowerings.items():
+            modules = build_modules(checkpoint.model, checkpoint.features, checkpoint.tensors, ops, checkpoint.design)
             for name, spec in specs.items():
-                graph = trace(modules[name], spec)
+                graph = trace(modules[name], spec.typed(precision))
                 weights.move(graph, tables=dict(modules[name].named_buffers(PREFIX)))
                 file = f"{name}.{precision}.{lowering}.onnx"
                 (folder / file).write_bytes(ir.to_proto(graph).SerializeToString(deterministic=True))
-                entries.append(GraphFile(name, lowering, precision, file, weights.name))
+                yield GraphFile(name, lowering, precision, file, weights.name)
     finally:
         weights.close()
-    return tuple(entries)
 
 
 def _record(path: Path) -> FileRecord:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,8 @@ from mt3_export.weights import constant
 from mt3_export.winograd import RowConv
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mt3_export.lowering import Lowering
     from mt3_export.weights import Weights
 
@@ -24,12 +27,12 @@ Parts = tuple[Tensor, ...]  # an image as one array, or its even and odd rows in
 class Conv(nn.Module):
     """relu(conv(x) + rest) with a 3x3 kernel, on a whole image."""
 
-    def __init__(self, kernel: Tensor, bias: Tensor) -> None:
+    def __init__(self, kernel: Tensor, bias: Tensor, ops: Lowering) -> None:
         super().__init__()
-        self.kernel, self.bias = constant(kernel), constant(bias)
+        self.ops, self.kernel, self.bias = ops, constant(kernel), constant(bias)
 
     def forward(self, parts: Parts, rest: Parts | None = None) -> Parts:
-        y = F.conv2d(parts[0], self.kernel, self.bias, padding=1)
+        y = self.ops.convolve(parts[0], self.kernel, self.bias, padding=1)
         return ((y if rest is None else y + rest[0]).relu(),)
 
 
@@ -40,8 +43,9 @@ class ConvBlock(nn.Module):
     number of channels changes; its bias is added to the second convolution's.
     """
 
-    def __init__(self, weights: Weights, conv: type[Conv | RowConv]) -> None:
+    def __init__(self, weights: Weights, conv: Callable[[Tensor, Tensor], Conv | RowConv], ops: Lowering) -> None:
         super().__init__()
+        self.ops = ops
         self.first = conv(*folded(weights, "conv1", "bn1"))
         kernel, bias = folded(weights, "conv2", "bn2")
         self.shortcut = None
@@ -51,7 +55,7 @@ class ConvBlock(nn.Module):
         self.second = conv(kernel, bias)
 
     def forward(self, parts: Parts) -> Parts:
-        rest = parts if self.shortcut is None else tuple(F.conv2d(x, self.shortcut) for x in parts)
+        rest = parts if self.shortcut is None else tuple(self.ops.convolve(x, self.shortcut) for x in parts)
         return tuple(F.avg_pool2d(x, (1, 2)) for x in self.second(self.first(parts), rest))
 
 
@@ -60,12 +64,13 @@ class Front(nn.Module):
 
     def __init__(self, weights: Weights, frames: int, ops: Lowering) -> None:
         super().__init__()
+        self.ops = ops
         self.apart = ops.winograd and frames % 2 == 0
-        conv = RowConv if self.apart else Conv
-        self.blocks = nn.ModuleList(ConvBlock(weights.below(str(i)), conv) for i in range(weights.count()))
+        conv = RowConv if self.apart else functools.partial(Conv, ops=ops)
+        self.blocks = nn.ModuleList(ConvBlock(weights.below(str(i)), conv, ops) for i in range(weights.count()))
 
     def forward(self, features: Tensor) -> Tensor:
-        image = features.unsqueeze(1)
+        image = self.ops.narrow(features.unsqueeze(1))
         parts = (image[:, :, 0::2], image[:, :, 1::2]) if self.apart else (image,)
         for block in self.blocks:
             parts = block(parts)

@@ -57,12 +57,13 @@ def expert(tokens: Tensor, up: Tensor, gate: Tensor, down: Tensor) -> Tensor:
     return (F.silu(tokens @ up) * (tokens @ gate)) @ down
 
 
-def dense_experts(tokens: Tensor, weights: Tensor, experts: Sequence[Matrices]) -> Tensor:
+def dense_experts(tokens: Tensor, weights: Tensor, experts: Sequence[Matrices], ops: Lowering) -> Tensor:
     """All experts on all tokens in three products, for engines that want fixed shapes."""
-    up, gate, down = zip(*experts, strict=True)
-    active = F.silu(tokens @ torch.cat(up, 1)) * (tokens @ torch.cat(gate, 1))  # [tokens, experts * inner]
-    shared = active.reshape(-1, len(experts), down[0].shape[0]) * weights[:, :, None]
-    return shared.reshape(active.shape) @ torch.cat(down, 0)
+    up, gate, down = (tuple(ops.stored(matrix) for matrix in kind) for kind in zip(*experts, strict=True))
+    tokens = ops.narrow(tokens)
+    active = F.silu(ops.linear(tokens, torch.cat(up, 1))) * ops.linear(tokens, torch.cat(gate, 1))
+    shared = active.reshape(-1, len(experts), down[0].shape[0]) * weights[:, :, None]  # [tokens, experts, inner]
+    return ops.balanced(shared.reshape(active.shape), torch.cat(down, 0))
 
 
 def grouped_experts(tokens: Tensor, probabilities: Tensor, experts: Sequence[Matrices], chosen: int) -> Tensor:

@@ -26,8 +26,8 @@ class FeedForward(nn.Module):
         self.output = weights.matrix("DenseReluDense.wo")
 
     def forward(self, normed: Tensor) -> Tensor:
-        gate, value = (normed @ self.gates).chunk(2, -1)
-        return (self.ops.gelu(gate) * value) @ self.output
+        gate, value = self.ops.linear(normed, self.gates).chunk(2, -1)
+        return self.ops.balanced(self.ops.gelu(gate) * value, self.output)
 
 
 class EncoderLayer(nn.Module):
@@ -44,8 +44,8 @@ class EncoderLayer(nn.Module):
 
     def forward(self, hidden: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
         hidden, normed = self.ops.add_norm(hidden, update, self.norm)
-        query, key, value = (normed @ self.qkv).chunk(3, -1)
-        update = self.ops.encoder_attention(query, key, value, self.heads) @ self.output
+        query, key, value = self.ops.project(normed, self.qkv).chunk(3, -1)
+        update = self.ops.linear(self.ops.encoder_attention(query, key, value, self.heads), self.output)
         hidden, normed = self.ops.add_norm(hidden, update, self.feed_forward.norm)
         return hidden, self.feed_forward(normed)
 
@@ -69,13 +69,15 @@ class DecoderLayer(nn.Module):
         self, hidden: Tensor, update: Tensor, position: Tensor, cross: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         hidden, normed = self.ops.add_norm(hidden, update, self.norm)
-        output, key, value = self.ops.cached_attention(normed @ self.qkv, *own, position, self.heads)
+        qkv = self.ops.project(normed, self.qkv)
+        output, key, value = self.ops.cached_attention(qkv, *own, position, self.heads)
         hidden, update = self.attended(hidden, output, cross)
         return hidden, update, key, value
 
     def attended(self, hidden: Tensor, output: Tensor, cross: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """What follows self-attention, whose heads gave `output` [rows, tokens, heads*d]."""
-        hidden, normed = self.ops.add_norm(hidden, output @ self.output, self.cross_norm)
-        output = self.ops.attention(normed @ self.cross_query, *cross, self.heads)
-        hidden, normed = self.ops.add_norm(hidden, output @ self.cross_output, self.feed_forward.norm)
+        hidden, normed = self.ops.add_norm(hidden, self.ops.linear(output, self.output), self.cross_norm)
+        output = self.ops.attention(self.ops.project(normed, self.cross_query), *cross, self.heads)
+        update = self.ops.linear(output, self.cross_output)
+        hidden, normed = self.ops.add_norm(hidden, update, self.feed_forward.norm)
         return hidden, self.feed_forward(normed)

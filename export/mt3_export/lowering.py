@@ -1,8 +1,10 @@
-"""The few operations whose best form depends on the engine, in three forms behind one protocol.
+"""The few operations whose best form depends on the engine, in four forms behind one protocol.
 
 `Eager` is plain torch: the reference that the exported graphs are verified against. `OnnxRuntime` uses the
-fused operators of the `com.microsoft` domain, `TensorRT` only standard ones of opset 24. The last two exist for
-tracing: their results have the right shape and no meaning outside a graph.
+fused operators of the `com.microsoft` domain, `TensorRT` only standard ones of opset 24, and `Cuda` what ONNX Runtime
+has kernels for on NVIDIA's devices. The last three exist for tracing: their results have the right shape and no meaning
+outside a graph.
+Types follow a `PrecisionPlan`. What `narrow` and `project` give is half as wide, all else is float32.
 All attention is unscaled (scale 1.0 is written out: ONNX would divide by sqrt(d_kv)), as T5's is.
 """
 
@@ -16,9 +18,12 @@ from torch.nn import functional as F  # noqa: N812 -- the name every torch user 
 from torch.onnx.ops import symbolic, symbolic_multi_out
 
 from mt3_export.experts import dense_experts, expert, grouped_experts, kept
+from mt3_export.precision import Products, TracedProducts
+from mt3_export.typed_weights import widened
 
 if TYPE_CHECKING:
     from mt3_export.experts import Matrices
+    from mt3_export.precision import PrecisionPlan
     from mt3_runtime.manifest import LoweringName
 
 NORM_EPSILON = 1e-6
@@ -29,7 +34,29 @@ class Lowering(Protocol):
     """How the engine-dependent operations are written."""
 
     name: str
+    plan: PrecisionPlan
     winograd: bool  # whether fewer products are worth more sums to convolutions: see `mt3_export.winograd`
+
+    def narrow(self, x: Tensor) -> Tensor:
+        """To the type of products."""
+
+    def widen(self, x: Tensor) -> Tensor:
+        """To float32."""
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """A weight, or what was made of some, in the type that it is stored in: narrow."""
+
+    def linear(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """Product of x and matrix, both narrow, summed in float32 and rounded, given in float32."""
+
+    def project(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """Product of x and matrix, both narrow, summed in float32 and given narrow."""
+
+    def balanced(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """`linear`, where numbers of x may be too large to be narrow: each row is divided by its largest before."""
+
+    def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None, padding: int = 0) -> Tensor:
+        """2-D convolution, all narrow, summed in float32."""
 
     def add_norm(
         self, x: Tensor, update: Tensor, gain: Tensor, bias: Tensor | None = None, epsilon: float = NORM_EPSILON
@@ -84,8 +111,11 @@ def rotated(query: Tensor, cosines: Tensor, sines: Tensor, heads: int) -> Tensor
     return torch.cat((turned, split[..., size:]), -1).reshape(query.shape)
 
 
-class Eager:
-    """Plain torch, in the shortest form that can be checked by eye."""
+class Eager(Products):
+    """Plain torch, in the shortest form that can be checked by eye.
+
+    With a plan of half precision it rounds where a device does, and computes in float32 between.
+    """
 
     name = "eager"
     winograd = False
@@ -101,9 +131,15 @@ class Eager:
     def gelu(self, x: Tensor) -> Tensor:
         return F.gelu(x, approximate="tanh")
 
+    def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None, padding: int = 0) -> Tensor:
+        x, kernel = (self.widen(self.narrow(part)) for part in (x, kernel))
+        return self.narrow(
+            F.conv2d(x, kernel, None if bias is None else self.widen(self.narrow(bias)), padding=padding)
+        )
+
     def attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-        scores = split_heads(query, heads) @ key.transpose(-1, -2)
-        return merge_heads(scores.softmax(-1) @ value)
+        scores = self.widen(split_heads(query, heads)) @ self.widen(key).transpose(-1, -2)
+        return merge_heads(self.project(scores.softmax(-1), value))
 
     def encoder_attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
         return self.attention(query, split_heads(key, heads), split_heads(value, heads), heads)
@@ -113,6 +149,8 @@ class Eager:
 
     def experts(self, tokens: Tensor, probabilities: Tensor, experts: list[Matrices], chosen: int) -> Tensor:
         weights = kept(probabilities, chosen)
+        if self.plan.half is not None:
+            return dense_experts(tokens, weights, experts, self)
         return torch.stack([weights[:, [i]] * expert(tokens, *experts[i]) for i in range(len(experts))]).sum(0)
 
     def cached_attention(
@@ -123,13 +161,13 @@ class Eager:
         here = (places == position[:, None])[:, None, :, None]  # [n, 1, length, 1]
         key, value = torch.where(here, new_key, key), torch.where(here, new_value, value)
         unwritten = (places > position[:, None])[:, None, None]  # [n, 1, 1, length]
-        scores = (query @ key.transpose(-1, -2)).masked_fill(unwritten, -torch.inf)
+        scores = (self.widen(query) @ self.widen(key).transpose(-1, -2)).masked_fill(unwritten, -torch.inf)
         visible = value.masked_fill(unwritten.transpose(-1, -2), 0.0)  # 0 * NaN would be NaN
-        return merge_heads(scores.softmax(-1) @ visible), key, value
+        return merge_heads(self.project(scores.softmax(-1), visible)), key, value
 
 
-class OnnxRuntime:
-    """Fused operators of ONNX Runtime's `com.microsoft` domain."""
+class OnnxRuntime(TracedProducts):
+    """Fused operators of ONNX Runtime's `com.microsoft` domain, as its CPU provider has them: in float32."""
 
     name = "ort"
     winograd = True
@@ -158,7 +196,7 @@ class OnnxRuntime:
             "com.microsoft::MultiHeadAttention",
             (query, key, value),
             {"num_heads": heads, "scale": 1.0},
-            dtype=FLOAT,
+            dtype=query.dtype,
             shape=query.shape,
         )
 
@@ -181,31 +219,73 @@ class OnnxRuntime:
     def cached_attention(
         self, qkv: Tensor, key: Tensor, value: Tensor, position: Tensor, heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        total = position.amax(0) + 1
-        shape = (*qkv.shape[:-1], qkv.shape[-1] // 3)
-        output, key, value = symbolic_multi_out(
-            "com.microsoft::GroupQueryAttention",
-            (
-                qkv,
-                None,
-                None,
-                key,
-                value,
-                position,
-                total,
-            ),  # the operator takes the fused projection as it is
-            {"num_heads": heads, "kv_num_heads": heads, "scale": 1.0},
-            dtypes=(FLOAT, FLOAT, FLOAT),
-            shapes=(shape, key.shape, value.shape),
-        )
-        return output, key, value
+        return group_query_attention(qkv, key, value, position, position.amax(0) + 1, heads)
 
 
-class TensorRT:
+def group_query_attention(
+    qkv: Tensor, key: Tensor, value: Tensor, position: Tensor, total: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`Lowering.cached_attention` in one operator, which takes the fused projection as it is.
+
+    `total`: no row is longer, itself included.
+    """
+    shape = (*qkv.shape[:-1], qkv.shape[-1] // 3)
+    output, key, value = symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        (qkv, None, None, key, value, position, total),
+        {"num_heads": heads, "kv_num_heads": heads, "scale": 1.0},
+        dtypes=(qkv.dtype, key.dtype, value.dtype),
+        shapes=(shape, key.shape, value.shape),
+    )
+    return output, key, value
+
+
+class Cuda(OnnxRuntime):
+    """Operators that ONNX Runtime's CUDA provider has kernels for, none of which waits for the host.
+
+    A captured graph replays kernels alone. What the host computes before it must therefore be the same at every step:
+    shapes are, positions are not. Half precision is GroupQueryAttention's only; float32 is written out.
+    """
+
+    name = "cuda"
+    winograd = False
+
+    def project(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return self.narrow(x) @ self.stored(matrix)
+
+    def experts(self, tokens: Tensor, probabilities: Tensor, experts: list[Matrices], chosen: int) -> Tensor:
+        return dense_experts(tokens, kept(probabilities, chosen), experts, self)
+
+    def cached_attention(
+        self, qkv: Tensor, key: Tensor, value: Tensor, position: Tensor, heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.plan.half is not None:
+            room = symbolic("Shape", (key,), {"start": 2, "end": 3}, dtype=torch.int64, shape=(1,))
+            return group_query_attention(qkv, key, value, position, room.to(INT32), heads)
+        query, new_key, new_value = (split_heads(part, heads) for part in qkv.chunk(3, -1))
+        key, value = scattered(key, new_key, position), scattered(value, new_value, position)
+        unwritten = (torch.arange(key.shape[2], dtype=INT32) > position[:, None])[:, None, None]  # [n, 1, 1, length]
+        scores = (query @ key.transpose(-1, -2)).masked_fill(unwritten, -torch.inf)
+        return merge_heads(scores.softmax(-1) @ value), key, value
+
+
+def scattered(cache: Tensor, new: Tensor, position: Tensor) -> Tensor:
+    """The cache [n, heads, length, d] with one position of every row written."""
+    where = position.to(torch.int64)
+    return symbolic("TensorScatter", (cache, new, where), {"axis": 2}, dtype=cache.dtype, shape=cache.shape)
+
+
+class TensorRT(TracedProducts):
     """Standard operators of opset 24, in the forms TensorRT's parser maps to its own layers."""
 
     name = "tensorrt"
     winograd = False
+
+    def project(self, x: Tensor, matrix: Tensor) -> Tensor:
+        if self.plan.half is None:
+            return x @ matrix
+        # TensorRT takes this, casts and all, for one product of halves that is summed in float32.
+        return self.narrow(self.widen(self.narrow(x)) @ widened(self.stored(matrix)))
 
     def add_norm(
         self, x: Tensor, update: Tensor, gain: Tensor, bias: Tensor | None = None, epsilon: float = NORM_EPSILON
@@ -228,7 +308,7 @@ class TensorRT:
         return rotated(query, cosines, sines, heads)
 
     def experts(self, tokens: Tensor, probabilities: Tensor, experts: list[Matrices], chosen: int) -> Tensor:
-        return dense_experts(tokens, kept(probabilities, chosen), experts)
+        return dense_experts(tokens, kept(probabilities, chosen), experts, self)
 
     def cached_attention(
         self, qkv: Tensor, key: Tensor, value: Tensor, position: Tensor, heads: int
@@ -236,7 +316,7 @@ class TensorRT:
         query, new_key, new_value = (split_heads(part, heads) for part in qkv.chunk(3, -1))
         where = position.to(torch.int64)
         key, value = (
-            symbolic("TensorScatter", (cache, new, where), {"axis": 2}, dtype=FLOAT, shape=cache.shape)
+            symbolic("TensorScatter", (cache, new, where), {"axis": 2}, dtype=cache.dtype, shape=cache.shape)
             for cache, new in ((key, new_key), (value, new_value))
         )
         # The mask is made in the graph from the positions: TensorRT drops `nonpad_kv_seqlen` without a word.
@@ -246,7 +326,7 @@ class TensorRT:
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         inputs = (query, key, value) if mask is None else (query, key, value, mask)
-        return symbolic("Attention", inputs, {"scale": 1.0}, dtype=FLOAT, shape=query.shape)
+        return symbolic("Attention", inputs, {"scale": 1.0}, dtype=query.dtype, shape=query.shape)
 
 
-LOWERINGS: dict[LoweringName, Lowering] = {"ort": OnnxRuntime(), "tensorrt": TensorRT()}
+LOWERINGS: dict[LoweringName, Lowering] = {"ort": OnnxRuntime(), "tensorrt": TensorRT()}  # of every bundle

@@ -58,18 +58,18 @@ class Memory(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         rows, written = tokens.shape
-        hidden = F.embedding(tokens, self.embedding) @ self.projection  # [rows, written, d_model]
+        hidden = self.ops.linear(F.embedding(tokens, self.embedding), self.projection)  # [rows, written, d_model]
         update = F.embedding(torch.arange(written), self.positions)
         hidden, normed = self.ops.add_norm(hidden, update, self.norm)
-        own = normed @ self.key_value  # [rows, written, 2*heads*d]
-        both = torch.cat((own, self.fill.expand(rows, -1, -1)), 1)
+        own = self.ops.project(normed, self.key_value)  # [rows, written, 2*heads*d]
+        both = torch.cat((own, self.ops.stored(self.fill).expand(rows, -1, -1)), 1)
         place = torch.arange(self.span)
         source = torch.where(place < written, place, place + written)  # the fill's own place in `both`
         key, value = both.index_select(1, source).chunk(2, -1)  # [rows, span, heads*d]
-        query = normed.index_select(1, self.kept) @ self.query
-        update = self.ops.encoder_attention(query, key, value, self.heads) @ self.output
+        query = self.ops.project(normed.index_select(1, self.kept), self.query)
+        update = self.ops.linear(self.ops.encoder_attention(query, key, value, self.heads), self.output)
         hidden, normed = self.ops.add_norm(hidden.index_select(1, self.kept), update, self.feed_forward.norm)
-        return self.ops.add_norm(hidden, self.feed_forward(normed), self.final_norm)[1]
+        return self.ops.narrow(self.ops.add_norm(hidden, self.feed_forward(normed), self.final_norm)[1])
 
 
 def fill_table(tensors: Mapping[str, Tensor], positions: Tensor, token: int) -> Tensor:
@@ -106,17 +106,19 @@ class Prefix(nn.Module):
 
     def forward(self, memory: Tensor, *cross: Tensor) -> tuple[Tensor, ...]:
         cross_keys, cross_values = cross[: len(cross) // 2], cross[len(cross) // 2 :]
-        hidden, update = memory, self.positions
+        hidden, update = self.ops.widen(memory), self.positions
         cached: list[tuple[Tensor, ...]] = []
         for i, layer in enumerate(cast("Sequence[DecoderLayer]", self.layers)):
             hidden, normed = self.ops.add_norm(hidden, update, layer.norm)
-            query, key, value = self._split(normed @ layer.qkv, 3)
-            scores = query @ key.transpose(-1, -2) + self.mask  # [rows, heads, length, length]
-            output = merge_heads(scores.softmax(-1) @ value)
+            query, key, value = self._split(self.ops.project(normed, layer.qkv), 3)
+            scores = (
+                self.ops.widen(query) @ self.ops.widen(key).transpose(-1, -2) + self.mask
+            )  # [rows, heads, query, key]
+            output = merge_heads(self.ops.project(scores.softmax(-1), value))
             hidden, update = layer.attended(hidden, output, (cross_keys[i], cross_values[i]))
             cached.append((key, value))
         _, normed = self.ops.add_norm(hidden, update, self.last_norm)
-        cached.append(self._split(normed @ self.last_key_value, 2))
+        cached.append(self._split(self.ops.project(normed, self.last_key_value), 2))
         keys, values = zip(*cached, strict=True)
         return *keys, *values
 

@@ -66,12 +66,12 @@ class Encoder(nn.Module):
         self.final_norm = Weights(tensors, "encoder.").vector("final_layer_norm")
 
     def forward(self, features: Tensor) -> Tensor:
-        hidden = features if self.projection is None else features @ self.projection
+        hidden = features if self.projection is None else self.ops.linear(features, self.projection)
         update = self.positions
         for layer in self.layers:
             hidden, update = layer(hidden, update)
         _, states = self.ops.add_norm(hidden, update, self.final_norm)
-        return states.unsqueeze(1)
+        return self.ops.narrow(states).unsqueeze(1)
 
 
 class CrossKV(nn.Module):
@@ -80,16 +80,16 @@ class CrossKV(nn.Module):
     What else cross-attention sees, as the vectors of a memory [rows, length, d_model], stands behind the frames.
     """
 
-    def __init__(self, model: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: ModelSpec, tensors: Mapping[str, Tensor], ops: Lowering) -> None:
         super().__init__()
-        self.heads = model.num_heads
+        self.ops, self.heads = ops, model.num_heads
         layers = [Weights(tensors, f"decoder.block.{i}.layer.1.EncDecAttention.") for i in range(model.decoder_layers)]
         self.projections = nn.ParameterList(layer.matrix(name) for name in ("k", "v") for layer in layers)
 
     def forward(self, states: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
         if more:
             states = torch.cat((states, *more), 1)
-        return tuple(split_heads(states @ matrix, self.heads) for matrix in self.projections)
+        return tuple(split_heads(self.ops.project(states, matrix), self.heads) for matrix in self.projections)
 
 
 class DecodeStep(nn.Module):
@@ -150,7 +150,7 @@ def build_modules(
     if model.memory:
         positions = position_table(MEMORY_ENCODER, model.memory.span, model, tensors)
         modules["memory"] = Memory(model, model.memory, tensors, positions, ops)
-    modules["cross_kv"] = CrossKV(model, tensors)
+    modules["cross_kv"] = CrossKV(model, tensors, ops)
     if model.prefix_length:
         positions = position_table("decoder", model.prefix_length, model, tensors)
         modules["prefix"] = Prefix(model, tensors, positions, ops)

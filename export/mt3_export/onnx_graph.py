@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mt3_export.experts import expand_experts
+from mt3_export.typed_weights import write_types
 from mt3_runtime.errors import BundleError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def trace(module: torch.nn.Module, spec: GraphSpec) -> ir.Model:
     model = program.model
     _check_contract(model.graph, spec)
     expand_experts(model)
+    write_types(model)
     _tidy(model, spec)
     return model
 

@@ -29,13 +29,15 @@ if TYPE_CHECKING:
 class Mlp(nn.Module):
     """dense2(gelu(dense1 x)) with the exact GELU."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, ops: Lowering) -> None:
         super().__init__()
+        self.ops = ops
         self.inner, self.inner_bias = weights.matrix("dense1"), constant(weights.exact("dense1.bias"))
         self.outer, self.outer_bias = weights.matrix("dense2"), constant(weights.exact("dense2.bias"))
 
     def forward(self, normed: Tensor) -> Tensor:
-        return F.gelu(normed @ self.inner + self.inner_bias) @ self.outer + self.outer_bias
+        active = F.gelu(self.ops.linear(normed, self.inner) + self.inner_bias)
+        return self.ops.linear(active, self.outer) + self.outer_bias
 
 
 class Layer(nn.Module):
@@ -50,7 +52,7 @@ class Layer(nn.Module):
         self.attention = SelfAttention(attention, length, rotation, design.heads, ops)
         self.feed_norm = Norm(weights, "layernorm", design, ops)
         mlp = weights.below("mlp")
-        self.feed_forward = Experts(mlp, design.chosen, ops) if design.chosen else Mlp(mlp)
+        self.feed_forward = Experts(mlp, design.chosen, ops) if design.chosen else Mlp(mlp, ops)
 
     def forward(self, hidden: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
         hidden, normed = self.norm(hidden, update)
@@ -127,6 +129,7 @@ class PerceiverEncoder(nn.Module):
         ops: Lowering,
     ) -> None:  # fmt: skip
         super().__init__()
+        self.ops = ops
         every = Weights(tensors)
         front, weights = every.below("pre_encoder.0.blocks"), every.below("encoder")
         self.frames, self.channels, self.kind = features.segment_frames, model.channels, design.norm
@@ -145,16 +148,17 @@ class PerceiverEncoder(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         spectrum = self.front(features).transpose(1, 2)  # [segments, frames, channels, bins]
-        spectrum = normalised(spectrum, self.kind).flatten(0, 1)
+        spectrum = self.ops.narrow(normalised(self.ops.widen(spectrum), self.kind)).flatten(0, 1)
         count, width = self.latents.shape[1:]
         shape = (features.shape[0], self.frames, count, width)
-        latents, query = (tensor.expand(shape) for tensor in (self.latents, self.first_query))
+        latents, query = (tensor.expand(shape) for tensor in (self.latents, self.ops.stored(self.first_query)))
         hidden = self.first(latents.reshape(-1, width), spectrum, query.flatten(0, 1))
         for block in self.others:
             hidden = block(swapped(hidden, count, self.frames), spectrum)
         # channel c of the decoder reads latents c * share to (c + 1) * share - 1, side by side
         states = swapped(hidden, count // self.channels, self.frames).reshape(-1, self.projection.shape[0])
-        return (states @ self.projection).reshape(-1, self.channels, self.frames, self.projection.shape[1])
+        states = self.ops.project(states, self.projection)
+        return states.reshape(-1, self.channels, self.frames, self.projection.shape[1])
 
 
 def rotations(weights: Weights, latents: int, frames: int) -> dict[str, Rotation]:

@@ -81,15 +81,16 @@ class Attention(nn.Module):
 
     def queries(self, normed: Tensor) -> Tensor:
         """[tokens, d] -> [sequences, length, d]."""
-        query = (normed @ self.query + self.query_bias).reshape(-1, self.length, self.query.shape[1])
-        if self.rotation is None:
-            return query
-        return self.ops.rotate(query, self.rotation.cosines, self.rotation.sines, self.heads)
+        query = self.ops.linear(normed, self.query) + self.query_bias
+        query = query.reshape(-1, self.length, self.query.shape[1])
+        if self.rotation is not None:
+            query = self.ops.rotate(query, self.rotation.cosines, self.rotation.sines, self.heads)
+        return self.ops.narrow(query)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend and project: query [sequences, length, d]; key, value [sequences, k, d] -> [tokens, d]."""
         found = self.ops.encoder_attention(query, key, value, self.heads)
-        return found.reshape(-1, query.shape[-1]) @ self.output + self.output_bias
+        return self.ops.linear(found.reshape(-1, query.shape[-1]), self.output) + self.output_bias
 
 
 class SelfAttention(Attention):
@@ -100,8 +101,9 @@ class SelfAttention(Attention):
         self.key, self.value = weights.matrix("self.key"), weights.matrix("self.value")
 
     def forward(self, normed: Tensor) -> Tensor:
+        normed = self.ops.narrow(normed)
         query = self.queries(normed)
-        key, value = ((normed @ matrix).reshape(query.shape) for matrix in (self.key, self.value))
+        key, value = (self.ops.project(normed, matrix).reshape(query.shape) for matrix in (self.key, self.value))
         return self.attend(query, key, value)
 
 
@@ -124,4 +126,5 @@ class CrossAttention(Attention):
     def forward(self, query: Tensor, spectrum: Tensor) -> Tensor:
         shape = (-1, spectrum.shape[1], self.key.shape[1])
         flat = spectrum.flatten(0, 1)
-        return self.attend(query, (flat @ self.key).reshape(shape), (flat @ self.value).reshape(shape))
+        key, value = (self.ops.project(flat, matrix).reshape(shape) for matrix in (self.key, self.value))
+        return self.attend(query, key, value)
