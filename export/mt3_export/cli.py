@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_inspect(commands)
     _add_fetch(commands)
+    _add_engines(commands)
     return parser
 
 
@@ -73,7 +74,13 @@ def _add_bundle(commands: Commands) -> None:
     )
     _add_checkpoint_options(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to create")
-    parser.add_argument("--precision", choices=("fp32",), default="fp32", help="what the graphs compute in")
+    parser.add_argument(
+        "--precision",
+        type=lambda text: text.split(","),
+        default=["fp32"],
+        metavar="LIST",
+        help="what the graphs compute in, with commas: fp32 (always), fp16, bf16 (for devices only)",
+    )
     parser.add_argument("--weights", choices=("fp32", "fp16"), default="fp32", help="how matrices are stored")
     parser.add_argument("--notice", default="", help="a line shown to everyone who uses the bundle")
     parser.set_defaults(command=_bundle)
@@ -104,6 +111,23 @@ def _add_fetch(commands: Commands) -> None:
     parser.set_defaults(command=_fetch)
 
 
+def _add_engines(commands: Commands) -> None:
+    parser = commands.add_parser("engines", help="TensorRT engines of a bundle, for this machine's cache")
+    parser.add_argument("bundle", type=Path, metavar="DIR")
+    parser.add_argument("--precision", choices=("fp16", "bf16", "fp32"), default="fp16", help="default: fp16")
+    parser.add_argument("--backend", choices=("tensorrt", "tensorrt-rtx"), help="default: the one that is installed")
+    parser.add_argument(
+        "--target",
+        default="this",
+        metavar="this|LIST",
+        help="the GPU at hand (default), or compute capabilities with commas, for tensorrt-rtx: sm_75,sm_86",
+    )
+    parser.add_argument("--profile", metavar="NAME", help="of the recipe, such as latency (default: all)")
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="sizes to build for (default: by model)")
+    parser.add_argument("--json", action="store_true", help="one JSON array on standard output")
+    parser.set_defaults(command=_engines)
+
+
 def _load(arguments: argparse.Namespace) -> Checkpoint:
     from dataclasses import replace  # noqa: PLC0415 -- torch takes seconds to import: not for --help
 
@@ -128,13 +152,15 @@ def _load(arguments: argparse.Namespace) -> Checkpoint:
 
 def _bundle(arguments: argparse.Namespace) -> int:
     from mt3_export.bundle_writer import check_output, export_bundle  # noqa: PLC0415
+    from mt3_export.precision import checked_precisions  # noqa: PLC0415
 
     check_output(arguments.output)  # before the work
+    precisions = checked_precisions(arguments.precision)
     checkpoint = _load(arguments)
     export_bundle(
         checkpoint,
         arguments.output,
-        precision=arguments.precision,
+        precisions=precisions,
         weights_storage=arguments.weights,
         notice=arguments.notice,
     )
@@ -199,4 +225,11 @@ def _fetch(arguments: argparse.Namespace) -> int:
     from mt3_export.fetch import fetch_checkpoint  # noqa: PLC0415
 
     print(fetch_checkpoint(arguments.name, arguments.directory))
+    return 0
+
+
+def _engines(arguments: argparse.Namespace) -> int:
+    from mt3_export.engines_command import build_engines  # noqa: PLC0415
+
+    print(build_engines(arguments, lambda message: print(message, file=sys.stderr)))
     return 0
