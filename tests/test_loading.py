@@ -64,10 +64,18 @@ def test_provenance_says_what_ran(tiny_folder):
     assert provenance.real_time_factor == pytest.approx(sum(provenance.stage_seconds.values()) / 20)
 
 
-@pytest.mark.parametrize("device", ["cuda", "tensorrt", "CPU", "", "cpu:0"])
-def test_a_device_that_is_not_there_is_an_error_and_never_the_cpu(tiny_folder, device):
-    with pytest.raises(DeviceError, match=r"is not one of this version's: use one of auto, cpu$"):
+@pytest.mark.parametrize("device", ["gpu", "CPU", "", "cpu:0"])
+def test_a_device_that_does_not_exist_is_an_error(tiny_folder, device):
+    with pytest.raises(DeviceError, match=f"^device '{device}' does not exist: use auto, cpu, cuda, tensorrt, "):
         load(tiny_folder, device)
+
+
+def test_precision_is_checked(tiny_folder):
+    with pytest.raises(OptionError, match=r"^precision 'int8' does not exist: use one of auto, fp32, fp16, bf16$"):
+        load(tiny_folder, precision="int8")
+    with pytest.raises(OptionError, match="fp16 is for GPUs, the CPU computes in fp32: leave --precision out"):
+        load(tiny_folder, "cpu", precision="fp16")
+    assert load(tiny_folder, "cpu", precision="fp32").backend.precision == "fp32"
 
 
 @pytest.mark.parametrize("name", ["slots", "threads"])

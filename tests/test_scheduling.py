@@ -1,4 +1,4 @@
-"""What a row decodes never depends on slots, order or neighbours; shown on scripts and on a real network.
+"""What a row decodes never depends on slots, order or neighbours; shown on a real network.
 
 The network is compared with a decoder in float64 that has no cache: it reads the whole prefix again at every step.
 """
@@ -6,7 +6,6 @@ The network is compared with a decoder in float64 that has no cache: it reads th
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,167 +13,11 @@ import pytest
 import torch
 
 from conftest import TINY_FEATURES, TINY_MODEL
-from mt3_runtime import decoding
 from mt3_runtime.backends.ort import OrtBackend
-from mt3_runtime.backends.scripted import ScriptedBackend, Stepped
 from mt3_runtime.decoding import DecodingRules, Row, decode_rows
 
 LIMIT = 40
-RULES = DecodingRules(start_token=0, end_token=1, max_tokens=LIMIT)
 NAN = math.nan
-
-# ---- scripts ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Rows in their order, what each replays, and what has to come of it."""
-
-    slots: int
-    order: list[int]
-    scripts: dict[int, list[float]]
-    retries: dict[int, list[float]]
-    expected: dict[int, tuple[str, list[int]]]
-
-    def backend(self):
-        return ScriptedBackend(self.scripts, retries=self.retries, slots=self.slots, length=LIMIT)
-
-    def run(self, backend):
-        """Decode the rows under keys of file, segment and channel."""
-        names = {key: (key // 20, key // 4 % 5, key % 4) for key in self.order}
-        numbers = {name: key for key, name in names.items()}
-        rows = (Row(names[key], np.full((1, 1), key, np.float32)) for key in self.order)
-        return {numbers[row.key]: (row.status, row.tokens.tolist()) for row in decode_rows(backend, rows, RULES)}
-
-    def live_rows(self):
-        """Which rows every step has to cover: a queue in front of a few counters, retries going first."""
-        passes = {key: [self._steps(self.scripts[key])] for key in self.order}
-        for key in self.order:
-            if passes[key][0][1]:
-                passes[key].append(self._steps(self.retries.get(key, self.scripts[key])))
-        queue, left = list(self.order), {}
-        while queue or left:
-            while queue and len(left) < self.slots:
-                key = queue.pop(0)
-                left[key] = passes[key].pop(0)[0]
-            yield set(left)
-            left = {key: steps - 1 for key, steps in left.items()}
-            for key in [key for key, steps in left.items() if steps == 0]:
-                del left[key]
-                if passes[key]:
-                    left[key] = passes[key].pop(0)[0]
-
-    @staticmethod
-    def _steps(script):
-        """How long a pass takes, and whether it ends in a number that is not finite."""
-        for index, value in enumerate(script[:LIMIT], start=1):
-            if value == 1 or math.isnan(value):
-                return index, math.isnan(value)
-        return LIMIT, False
-
-
-def random_schedule(seed):
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(100)[: rng.integers(1, 16)].tolist()
-    lengths = [0, 5, 20] if seed % 2 else range(LIMIT)  # few, so that rows end together
-    scripts, retries, expected = {}, {}, {}
-    for key in order:
-        tokens = rng.integers(2, 1536, rng.choice(lengths)).tolist()
-        whole = [*tokens, 1]
-        broken = [*tokens[: rng.integers(0, len(tokens) + 1)], NAN]
-        endless = rng.integers(2, 1536, LIMIT + 5).tolist()
-        scripts[key], expected[key] = {
-            "whole": (whole, ("ended", tokens)),
-            "once": (broken, ("ended", tokens)),
-            "twice": (broken, ("failed", broken[:-1])),
-            "endless": (endless, ("truncated", endless[:LIMIT])),
-        }[(kind := rng.choice(["whole", "once", "twice", "endless"], p=[0.7, 0.1, 0.1, 0.1]))]
-        if kind == "once":
-            retries[key] = whole
-    return Schedule(int(rng.integers(1, 10)), order, scripts, retries, expected)
-
-
-@pytest.mark.parametrize("first", range(0, 200, 20))
-def test_random_schedules_on_scripts(first):
-    for seed in range(first, first + 20):
-        schedule = random_schedule(seed)
-        backend = schedule.backend()
-        assert schedule.run(backend) == schedule.expected
-        steps = [call.keys for call in backend.calls if isinstance(call, Stepped)]
-        assert all(len(set(keys)) == len(keys) for keys in steps)
-        assert list(map(set, steps)) == list(schedule.live_rows())
-
-
-def test_the_schedules_are_as_different_as_they_should_be():
-    schedules = [random_schedule(seed) for seed in range(200)]
-    assert {schedule.slots for schedule in schedules} == set(range(1, 10))
-    ends = Counter(status for schedule in schedules for status, _ in schedule.expected.values())
-    assert min(ends[status] for status in ("ended", "truncated", "failed")) > 100
-    assert sum(bool(schedule.retries) for schedule in schedules) > 50
-
-
-# ---- faults that the scripts must find ------------------------------------------------------------------
-
-
-def close_from_the_front(backend, slots, holes):
-    for hole in holes:
-        last = slots.pop()
-        if hole < len(slots):
-            backend.move(len(slots), hole, len(last.tokens))
-            slots[hole] = last
-
-
-def forget_the_copy(backend, slots, holes):
-    for hole in reversed(holes):
-        last = slots.pop()
-        if hole < len(slots):
-            slots[hole] = last
-
-
-def copy_too_little(backend, slots, holes):
-    for hole in reversed(holes):
-        last = slots.pop()
-        if hole < len(slots):
-            backend.move(len(slots), hole, len(last.tokens) - 1)
-            slots[hole] = last
-
-
-def leave_the_hole(backend, slots, holes):
-    """Step a row that has ended, until its place is taken."""
-
-
-def admit_one_slot_off(backend, slots, holes, fresh, place=decoding._place):
-    class Shifted:
-        def admit(self, first, states, memory):
-            backend.admit(first - 1 if first else first, states, memory)
-
-    place(Shifted(), slots, holes, fresh)
-
-
-def admit_in_reverse(backend, slots, holes, fresh, place=decoding._place):
-    class Reversed:
-        def admit(self, first, states, memory):
-            backend.admit(first, states[::-1], memory)
-
-    place(Reversed(), slots, holes, fresh)
-
-
-@pytest.mark.parametrize("fault", [
-    close_from_the_front, forget_the_copy, copy_too_little, leave_the_hole, admit_one_slot_off, admit_in_reverse,
-])  # fmt: skip
-def test_a_faulty_scheduler_is_found_out(fault, monkeypatch):
-    name = "_place" if fault.__name__.startswith("admit") else "_close_holes"
-    monkeypatch.setattr(decoding, name, fault)
-    caught = 0
-    for schedule in map(random_schedule, range(80)):
-        try:
-            assert schedule.run(schedule.backend()) == schedule.expected
-        except (AssertionError, IndexError):
-            caught += 1
-    assert caught > 5
-
-
-# ---- a real network ---------------------------------------------------------------------------------------
 
 
 class SlowDecoder:
@@ -369,6 +212,7 @@ class Slipping:
     def __init__(self, backend, step, times):
         self.backend, self.at, self.times = backend, step, times
         self.slots, self.length, self.admit, self.move = backend.slots, backend.length, backend.admit, backend.move
+        self.device, self.provider, self.precision, self.threads = "cpu", "slipping", "fp32", 1
 
     def step(self, tokens, positions):
         next_tokens, log_probs = self.backend.step(tokens, positions)

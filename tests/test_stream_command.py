@@ -70,7 +70,7 @@ def test_notes_come_line_by_line_and_as_midi(monkeypatch, capsys, clip, tmp_path
     assert len(found) > 5
     assert sum(len(track.notes) for track in pretty_midi.PrettyMIDI(str(target)).instruments) == len(found)
     assert "not for real music" in said[0]
-    assert said[1] == "listening: 1 x s16le at 16000 Hz"
+    assert said[1] == "listening: 1 x s16le at 16000 Hz, on cpu: no NVIDIA GPU can be reached"
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,8 @@ def test_json_holds_everything(transcription):
             "provider": "CPUExecutionProvider", "precision": "fp32", "runtime_version": "0.1.0",
             "audio_seconds": 2.5, "stage_seconds": {"read": 0.125, "decode": 0.5}, "real_time_factor": 0.25,
             "segments": 2, "tokens": 90, "invalid_events": 1, "dropped_events": 2,
-            "truncated_segments": [1], "failed_segments": [], "memory_restarts": [], "strict_upstream": False,
+            "truncated_segments": [1], "failed_segments": [], "memory_restarts": [], "fallback_rows": 0,
+                "device_reason": "", "strict_upstream": False,
         },
     }  # fmt: skip
     assert transcription.warnings == tuple(document["warnings"])

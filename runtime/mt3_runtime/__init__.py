@@ -18,8 +18,10 @@ if TYPE_CHECKING:
         CheckpointError,
         DependencyError,
         DeviceError,
+        DeviceLostError,
         Mt3Error,
         OptionError,
+        OutOfMemoryError,
         OutputError,
     )
     from mt3_runtime.loading import load
@@ -33,9 +35,11 @@ __all__ = [
     "CheckpointError",
     "DependencyError",
     "DeviceError",
+    "DeviceLostError",
     "Mt3Error",
     "Note",
     "OptionError",
+    "OutOfMemoryError",
     "OutputError",
     "Provenance",
     "SegmentNotes",

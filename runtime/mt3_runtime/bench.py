@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from dataclasses import dataclass
+from itertools import chain
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,15 @@ import numpy as np
 
 from mt3_runtime.bench_lengths import bench_lengths, to_lines
 from mt3_runtime.bench_songs import bench_songs, bench_streams, song_lines
-from mt3_runtime.decoding import DecodingRules, Row, decode_rows
+from mt3_runtime.decoding import decode_rows
 from mt3_runtime.devices import encode_group
 from mt3_runtime.errors import OptionError
+from mt3_runtime.launches import is_device, launching
 from mt3_runtime.loading import load
 from mt3_runtime.machine import describe_machine, package_versions, peak_rss_mb
 from mt3_runtime.memory import first_ids, first_memory
+from mt3_runtime.piece import alone
+from mt3_runtime.rows import DecodingRules, Row
 from mt3_runtime.stopwatch import Stopwatch
 from mt3_runtime.version import __version__
 
@@ -42,6 +46,7 @@ class BenchOptions:
 
     bundle: Path | None
     device: str
+    precision: str
     threads: int | None
     segments: int
     steps: int
@@ -66,7 +71,9 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     if sum(value is not None for value in (options.lengths, options.songs, options.streams)) > 1:
         raise OptionError("--lengths, --songs and --streams are measured one at a time: give one of them")
     started = perf_counter()
-    transcriber = load(options.bundle, options.device, slots=options.slots, threads=options.threads)
+    transcriber = load(
+        options.bundle, options.device, precision=options.precision, slots=options.slots, threads=options.threads
+    )
     load_s = perf_counter() - started
     features = transcriber.bundle.manifest.features
     shape = (options.segments, features.segment_frames, features.bins)
@@ -97,7 +104,7 @@ def to_text(result: dict[str, Any]) -> str:
     """The figures for a person."""
     head = (
         f"{result['model']} on {result['device']} ({result['provider']}, {result['precision']}, "
-        f"{result['threads']} threads, {result['slots']} slots, {result['cpu']})\n"
+        f"{result['threads']} threads, {result['slots']} slots, {result['gpu'] or result['cpu']})\n"
         f"load    {result['load_s']:.2f} s"
     )
     tail = f"memory  {result['peak_rss_mb']:.0f} MB at the peak"
@@ -118,9 +125,9 @@ def to_text(result: dict[str, Any]) -> str:
 def _steps(transcriber: Transcriber, features: FloatArray, options: BenchOptions) -> dict[str, Any]:
     backend, model = transcriber.backend, transcriber.bundle.manifest.model
     rules = DecodingRules(model.start_token, None, options.steps)
-    group = encode_group(transcriber.bundle.manifest)
+    group = encode_group(transcriber.bundle.manifest, backend.device)
     passes = [_one_pass(backend, features, group, rules, model) for _ in range(options.repeat + 1)][1:]
-    states = backend.encode(features[:1])[0, :1]  # [1, frames, d_model]
+    states = backend.encode(features[:1])[0][0]  # of one row
     rows = sorted({1, min(options.segments * model.channels, backend.slots)})
     steps = {
         str(n): [_decode(backend, states, n, options.steps, model) for _ in range(options.repeat + 1)][1:] for n in rows
@@ -135,7 +142,7 @@ def _steps(transcriber: Transcriber, features: FloatArray, options: BenchOptions
 
 def _lengths(transcriber: Transcriber, features: FloatArray, options: BenchOptions) -> dict[str, Any]:
     backend, model = transcriber.backend, transcriber.bundle.manifest.model
-    states = np.concatenate([backend.encode(one[None])[0] for one in features])  # [rows, frames, d_model]
+    states = [alone(own) for one in features for own in backend.encode(one[None])[0]]  # of each row
     return {"lengths": bench_lengths(backend, states, model, options.lengths or (), options.repeat)}
 
 
@@ -150,6 +157,9 @@ def _circumstances(transcriber: Transcriber) -> dict[str, Any]:
         "provider": backend.provider,
         "precision": backend.precision,
         "threads": backend.threads,
+        "device_reason": transcriber.device_reason,
+        "notices": list(transcriber.notices),
+        "gpu": getattr(backend, "gpu_name", None),
         "cpu": describe_machine().cpu_name,
         "command": shlex.join(["mt3-run", *sys.argv[1:]]),
         "versions": {"mt3-runtime": __version__, **{k: v for k, v in package_versions().items() if v}},
@@ -166,19 +176,27 @@ def _one_pass(
         for first in range(0, len(features), group):
             with clock.stage("encode"):
                 states = backend.encode(features[first : first + group])  # [segments, channels, frames, d_model]
-            for own in states.reshape(-1, *states.shape[2:]):
-                yield Row(first, own.copy(), memory=memory)
+            for own in chain.from_iterable(states):
+                yield Row(first, alone(own), memory=memory)
 
     for _ in clock.each("decode", decode_rows(backend, rows(), rules)):
         pass
     return clock.seconds["encode"], sum(clock.seconds.values())
 
 
-def _decode(backend: Backend, states: FloatArray, rows: int, steps: int, model: ModelSpec) -> float:
-    """Milliseconds of one step over `rows` rows, over `steps` steps from the start."""
-    backend.admit(0, np.repeat(states, rows, axis=0), first_memory(model, rows))
-    tokens = np.zeros(rows, np.int32)
+def _decode(backend: Backend, states: Any, rows: int, steps: int, model: ModelSpec) -> float:
+    """Milliseconds of one step over `rows` rows with the same states, over `steps` steps from the start."""
+    device = launching(backend)
+    device.admit(0, [states] * rows, first_memory(model, rows))
+    device.seed(0, np.full(rows, model.start_token, np.int32))
     started = perf_counter()
-    for position in range(steps):
-        tokens = backend.step(tokens, np.full(rows, position, np.int32))[0]
+    under_way = 0
+    for first in range(0, steps, device.chunk):
+        device.launch(np.full(rows, first, np.int32), min(device.chunk, steps - first))
+        under_way += 1
+        if under_way > is_device(backend):
+            device.collect()
+            under_way -= 1
+    for _ in range(under_way):
+        device.collect()
     return (perf_counter() - started) / steps * 1e3

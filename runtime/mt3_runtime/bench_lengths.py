@@ -6,17 +6,18 @@ from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from mt3_runtime.decoding import DecodingRules, Row, decode_rows
+from mt3_runtime.decoding import decode_rows
 from mt3_runtime.errors import OptionError
 from mt3_runtime.memory import first_ids
+from mt3_runtime.rows import DecodingRules, Row
 from mt3_runtime.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mt3_runtime.arrays import FloatArray, IntArray, RowStates
+    from mt3_runtime.arrays import IntArray, RowStates
     from mt3_runtime.backends import Backend
     from mt3_runtime.specs import ModelSpec
 
@@ -50,13 +51,13 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def bench_lengths(
-    backend: Backend, states: FloatArray, model: ModelSpec, lengths: Sequence[int], repeat: int
+    backend: Backend, states: Sequence[Any], model: ModelSpec, lengths: Sequence[int], repeat: int
 ) -> dict[str, Any]:
     """Decode all rows with the lengths given, the long rows among them alone, and all rows at the longest length.
 
     Args:
         backend: computes.
-        states: of every row [rows, frames, d_model].
+        states: what the backend's `encode` gave for every row.
         model: what every row begins with.
         lengths: steps of each row, repeated as often as needed.
         repeat: rounds over the three, after one that is not counted; medians are reported.
@@ -110,14 +111,13 @@ def _length(row: Row[int]) -> int:
 
 
 class _Timed:
-    """A backend whose admissions are timed apart."""
+    """A backend whose admissions are timed apart; on a device, where they take place later, as far as calls take."""
 
     def __init__(self, backend: Backend, clock: Stopwatch) -> None:
         self._backend, self._clock = backend, clock
-        self.slots, self.length = backend.slots, backend.length
-        self.device, self.provider = backend.device, backend.provider
-        self.precision, self.threads = backend.precision, backend.threads
-        self.encode, self.step, self.move = backend.encode, backend.step, backend.move
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
 
     def admit(self, first: int, states: RowStates, memory: IntArray | None = None) -> None:
         with self._clock.stage("admit"):
@@ -126,6 +126,6 @@ class _Timed:
 
 def _timed(backend: Backend, rows: Sequence[Row[int]], rules: DecodingRules) -> dict[str, float]:
     clock = Stopwatch()
-    for _ in clock.each("decode", decode_rows(_Timed(backend, clock), rows, rules)):
+    for _ in clock.each("decode", decode_rows(cast("Backend", _Timed(backend, clock)), rows, rules)):
         pass
     return clock.seconds

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mt3_runtime.decoding import DecodingRules
+from mt3_runtime.rows import DecodingRules
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mt3_runtime.devices import DEVICES
+from mt3_runtime.devices import KINDS, parse_device
 from mt3_runtime.errors import Mt3Error
 from mt3_runtime.version import __version__
 
@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     _add_doctor(commands)
     _add_demo(commands)
+    _add_engines(commands)
     return parser
 
 
@@ -60,9 +61,29 @@ def positive(text: str) -> int:
     return number
 
 
+def _device(text: str) -> str:
+    """The name of a device, for argparse."""
+    try:
+        return str(parse_device(text))
+    except Mt3Error as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, metavar="DIR", help="folder made by mt3-export (default: embedded demo)")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="where to run (default: auto)")
+    parser.add_argument(
+        "--device",
+        type=_device,
+        default="auto",
+        metavar="DEVICE",
+        help=f"where to run: {', '.join(KINDS)}, of several GPUs as in cuda:1 (default: auto)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "fp16", "bf16"),
+        default="auto",
+        help="of the numbers (default: auto, half precision on a GPU if the bundle has it)",
+    )
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: the usable cores)")
 
 
@@ -154,6 +175,17 @@ def _add_demo(commands: Commands) -> None:
     parser.set_defaults(command=_demo)
 
 
+def _add_engines(commands: Commands) -> None:
+    parser = commands.add_parser("engines", help="list TensorRT engines on this machine, or remove some")
+    actions = parser.add_subparsers(required=True, metavar="ACTION", dest="action")
+    listing = actions.add_parser("list", help="engines in the cache")
+    listing.add_argument("--json", action="store_true", help="one JSON array on standard output")
+    prune = actions.add_parser("prune", help="remove what is damaged or was left by killed builds, and engines named")
+    prune.add_argument("--older-than", type=float, metavar="DAYS", help="engines built longer ago")
+    prune.add_argument("--all", action="store_true", help="every engine")
+    parser.set_defaults(command=_engines)
+
+
 # Each command imports what it needs, so that `mt3-run --help` answers at once and `doctor` runs where others cannot.
 
 
@@ -176,7 +208,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     from mt3_runtime.bench import BenchOptions, bench, to_text  # noqa: PLC0415
     from mt3_runtime.bench_lengths import parse_lengths  # noqa: PLC0415
 
-    names = ("bundle", "device", "threads", "segments", "steps", "repeat", "slots", "songs", "streams")
+    names = ("bundle", "device", "precision", "threads", "segments", "steps", "repeat", "slots", "songs", "streams")
     lengths = None if arguments.lengths is None else parse_lengths(arguments.lengths)
     result = bench(BenchOptions(**{name: getattr(arguments, name) for name in names}, lengths=lengths))
     print(json.dumps(result) if arguments.json else to_text(result))
@@ -203,4 +235,11 @@ def _demo(arguments: argparse.Namespace) -> int:
     from mt3_runtime.demo import run_demo  # noqa: PLC0415
 
     print(run_demo(arguments.output_dir))
+    return 0
+
+
+def _engines(arguments: argparse.Namespace) -> int:
+    from mt3_runtime.engines_command import engines  # noqa: PLC0415
+
+    print(engines(arguments))
     return 0

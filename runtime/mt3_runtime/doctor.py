@@ -11,11 +11,14 @@ import json
 import platform
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from mt3_runtime.bundle import open_bundle
 from mt3_runtime.devices import default_slots, encode_bytes
+from mt3_runtime.doctor_gpu import check_gpus, probe_gpus
 from mt3_runtime.errors import Mt3Error
+from mt3_runtime.findings import LEVELS, Finding
+from mt3_runtime.gpu_needs import gather
 from mt3_runtime.machine import MIB, ROOT, Machine, describe_machine, package_versions
 from mt3_runtime.version import __version__
 
@@ -25,8 +28,6 @@ if TYPE_CHECKING:
 
     from mt3_runtime.bundle import Bundle
 
-Level = Literal["ok", "warning", "error"]
-LEVELS: tuple[Level, ...] = ("ok", "warning", "error")
 T = TypeVar("T")
 
 REQUIRED = ("numpy", "soundfile", "soxr", "pretty_midi", "mido", "tqdm")
@@ -43,19 +44,6 @@ PROBE_GRAPH = bytes.fromhex(
     "08083a370a100a017812017922084964656e746974791201675a0f0a0178120a"
     "0a08080112040a020801620f0a0179120a0a08080112040a02080142040a00100d"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at; a warning or an error says how it is put right."""
-
-    level: Level
-    text: str
-    fix: str = ""
-
-    def __post_init__(self) -> None:
-        if self.level != "ok" and not self.fix:
-            raise ValueError(f"the {self.level} {self.text!r} names no fix: add one")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +71,7 @@ class Diagnosis:
     providers: tuple[str, ...]
     bundle: str | None
     findings: tuple[Finding, ...]
+    gpu: str = "none"
 
     @property
     def exit_code(self) -> int:
@@ -114,6 +103,7 @@ class Diagnosis:
             f"providers  {', '.join(self.providers) or 'none'}",
             f"processor  {machine.cpu_name} ({' '.join(machine.cpu_flags) or 'no vector extensions known'})",
             f"cores      {machine.usable_cores} usable of {machine.physical_cores}; container quota: {quota}",
+            f"gpu        {self.gpu}",
             f"memory     {memory}; container limit: {limit}",
             f"bundle     {self.bundle or 'none given'}",
         ]
@@ -132,10 +122,13 @@ def diagnose(
         start: loads a bundle as transcription would; raises an Mt3Error if it does not start. None leaves it out.
         root: where /proc, /sys and /dev are found.
     """
+    gather()  # loads the libraries that ONNX Runtime's provider needs below
     machine, engine, packages = describe_machine(root), probe_engine(), package_versions()
+    gpus = probe_gpus(root, cuda_started=CUDA in engine.started)
     findings = [
         *check_imports(probe_imports()),
-        *check_engine(engine, nvidia=probe_nvidia(root)),
+        *check_engine(engine, nvidia=gpus.is_reachable),
+        *check_gpus(gpus),
         *check_extras(packages),
         *check_processor(machine),
     ]
@@ -149,6 +142,7 @@ def diagnose(
         providers=engine.available,
         bundle=None if bundle is None else str(bundle),
         findings=tuple(findings),
+        gpu=gpus.to_text(),
     )
 
 
@@ -171,11 +165,6 @@ def probe_engine() -> Engine:
     return Engine(distributions, available, started, failure=attempts.get(CPU, (None, ""))[1])
 
 
-def probe_nvidia(root: Path = ROOT) -> bool:
-    """Say whether an NVIDIA GPU can be reached; /proc would also show one that a container was not given."""
-    return any((root / name).exists() for name in ("dev/nvidiactl", "dev/nvidia0", "dev/dxg"))
-
-
 def check_imports(failures: Mapping[str, str]) -> list[Finding]:
     """Report the packages that must be there."""
     if not failures:
@@ -187,7 +176,7 @@ def check_imports(failures: Mapping[str, str]) -> list[Finding]:
 
 
 def check_engine(engine: Engine, *, nvidia: bool) -> list[Finding]:
-    """Report on ONNX Runtime: installed once, working, and on the GPU if there is one."""
+    """Report on ONNX Runtime: installed once, and working on the CPU."""
     install = INSTALL_CUDA if nvidia else INSTALL_CPU
     if not engine.distributions and not engine.started:
         return [Finding("error", "ONNX Runtime is not installed: nothing can be transcribed", install)]
@@ -199,8 +188,7 @@ def check_engine(engine: Engine, *, nvidia: bool) -> list[Finding]:
     if CPU not in engine.started:
         why = engine.failure or "it gave a wrong result for a graph of one node"
         return [*findings, Finding("error", f"{names} does not work: {why}", reinstall)]
-    findings.append(Finding("ok", f"{names} runs graphs on the CPU"))
-    return [*findings, _check_cuda(engine, nvidia=nvidia, reinstall=reinstall)]
+    return [*findings, Finding("ok", f"{names} runs graphs on the CPU")]
 
 
 def check_extras(packages: Mapping[str, str | None]) -> list[Finding]:
@@ -269,17 +257,6 @@ def memory_needed(bundle: Bundle, slots: int | None = None) -> int:
     weights = sum(manifest.files[name].size for name in loaded)
     count = default_slots(manifest) if slots is None else slots
     return PROCESS_BYTES + encode_bytes(manifest) + round(HEADROOM * (weights + count * cache))
-
-
-def _check_cuda(engine: Engine, *, nvidia: bool, reinstall: str) -> Finding:
-    if CUDA in engine.started:
-        return Finding("ok", "CUDA runs graphs on the GPU")
-    if not nvidia:
-        return Finding("ok", "no NVIDIA GPU can be reached: transcription runs on the CPU")
-    if CUDA not in engine.available:
-        return Finding("warning", "there is an NVIDIA GPU, but this ONNX Runtime cannot use it", reinstall)
-    text = "there is an NVIDIA GPU, but CUDA does not start: its libraries or cuDNN are missing or do not match"
-    return Finding("warning", text, 'pip install "onnxruntime-gpu[cuda,cudnn]"')
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, str]:

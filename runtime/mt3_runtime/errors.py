@@ -4,6 +4,8 @@ Mt3Error
 ├── AudioError        (ValueError)    audio that cannot be read, or is out of bounds
 ├── BundleError       (ValueError)    a bundle that is broken, tampered with or of another version
 ├── DeviceError       (RuntimeError)  a device or provider that cannot be used
+│   ├── OutOfMemoryError              its memory does not suffice
+│   └── DeviceLostError               it has failed, and every later call to it would fail too
 ├── DependencyError   (ImportError)   an optional package that is not installed
 ├── OutputError       (OSError)       a result that cannot be written
 ├── OptionError       (ValueError)    options that contradict each other
@@ -27,6 +29,14 @@ class BundleError(Mt3Error, ValueError):
 
 class DeviceError(Mt3Error, RuntimeError):
     """A device or execution provider that cannot be used here."""
+
+
+class OutOfMemoryError(DeviceError):
+    """A device whose memory does not suffice for what was asked; fewer slots may fit."""
+
+
+class DeviceLostError(DeviceError):
+    """A device that failed in the middle: nothing of this process can use it any more."""
 
 
 class DependencyError(Mt3Error, ImportError):

@@ -21,6 +21,7 @@ Precision = Literal["fp32", "fp16", "bf16"]
 HALVES: dict[Precision, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 HOST_TENSORS = ("samples", "features", "log_prob", "logits")  # float32 in every precision
 GRAPH_NAMES = ("encoder", "cross_kv", "decode_step")  # of every model
+FEATURES = "features"  # of bundles for devices: on a CPU the runtime computes them itself, in float64
 
 
 @dataclass(frozen=True, slots=True)

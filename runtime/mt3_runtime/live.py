@@ -66,6 +66,7 @@ class LiveStreams(Generic[Key]):
             iter(self._next_row, ...),  # without end
             transcriber.rules,
             wanted=lambda key: key.piece in self._pieces,
+            fallback=transcriber.fallback,
         )
 
     @property
@@ -152,6 +153,7 @@ class LiveStreams(Generic[Key]):
     def advance(self) -> list[tuple[Key, SegmentNotes]]:
         """Encode what is due, and decode one token of every row: the segments that are complete now, by stream.
 
+        On a device it is not one token but as many as a launch takes, and what was launched before is read.
         Those of one stream come in order of time; the last one of a stream that was ended says so.
         """
         self._check()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
-from mt3_runtime.backends.ort import OrtBackend
 from mt3_runtime.bundle import DEMO_NAME, demo_bundle_path, open_bundle
-from mt3_runtime.devices import DEVICES, default_slots
-from mt3_runtime.errors import DeviceError, OptionError
+from mt3_runtime.choosing import PRECISIONS, Wish, choose
+from mt3_runtime.devices import parse_device
+from mt3_runtime.errors import OptionError
 from mt3_runtime.families import check_options
 from mt3_runtime.memory import first_memory
 from mt3_runtime.transcriber import Transcriber
@@ -17,11 +17,14 @@ from mt3_runtime.transcriber import Transcriber
 if TYPE_CHECKING:
     import os
 
+    from mt3_runtime.graphs import Precision
+
 
 def load(
     bundle: str | os.PathLike[str] | None = None,
     device: str = "auto",
     *,
+    precision: str = "auto",
     slots: int | None = None,
     threads: int | None = None,
     strict_upstream: bool = False,
@@ -31,30 +34,42 @@ def load(
 
     Args:
         bundle: folder made by `mt3-export bundle`.
-        device: "auto" or "cpu"; this version has no other, so "auto" is the CPU.
+        device: "cpu", "cuda", "tensorrt" or "tensorrt-rtx", of several GPUs with a number as in "cuda:1": there or
+            nowhere. "auto": the best of them that can be used; `Transcriber.device_reason` says why.
+        precision: "fp32", "fp16" or "bf16"; "auto" is half precision on a GPU if the bundle has it.
         slots: rows decoded side by side (a segment is one row, or one for each of its channels); by default what
-            suits the model and the device (`default_slots`).
+            suits the model and the device (`default_slots`). On a GPU without memory for them half as many, and so on.
         threads: of the CPU; by default one for every core this process may use.
         strict_upstream: see `Transcriber`.
         fine_programs: see `Transcriber`.
 
     Raises:
         BundleError: the bundle is broken, tampered with or of another version.
-        DependencyError: onnxruntime is not installed.
-        DeviceError: the device is not one of this version's.
-        OptionError: `slots` or `threads` is not a positive whole number, or an option is for another model.
+        DependencyError: a package that the device needs is not installed.
+        DeviceError: there is no such device, or it cannot be used here; everything that is missing is named.
+        OptionError: `slots` or `threads` is not a positive whole number, or an option is for another model or device.
+        OutOfMemoryError: the device has no memory for a single slot.
     """
-    if device not in DEVICES:
-        raise DeviceError(f"device {device!r} is not one of this version's: use one of {', '.join(DEVICES)}")
+    asked = parse_device(device)
+    if precision not in PRECISIONS:
+        raise OptionError(f"precision {precision!r:.40} does not exist: use one of {', '.join(PRECISIONS)}")
     for name, value in (("slots", slots), ("threads", threads)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise OptionError(f"{name} is {value!r}: give a whole number of 1 or more")
     opened = open_bundle(demo_bundle_path() if bundle is None else bundle)
-    name = DEMO_NAME if bundle is None else str(bundle)
     check_options(opened.manifest.model, strict_upstream=strict_upstream, fine_programs=fine_programs)
-    count = default_slots(opened.manifest) if slots is None else slots
-    backend = OrtBackend(opened, slots=count, threads=threads)
-    return Transcriber(opened, backend, name=name, strict_upstream=strict_upstream, fine_programs=fine_programs)
+    wish = Wish(opened, asked, cast("Precision | Literal['auto']", precision), slots, threads)
+    choice = choose(wish)
+    return Transcriber(
+        opened,
+        choice.backend,
+        name=DEMO_NAME if bundle is None else str(bundle),
+        strict_upstream=strict_upstream,
+        fine_programs=fine_programs,
+        fallback=choice.fallback,
+        device_reason=choice.reason,
+        notices=choice.notices,
+    )
 
 
 def warm_up(transcriber: Transcriber) -> None:
@@ -63,6 +78,6 @@ def warm_up(transcriber: Transcriber) -> None:
     model, features = manifest.model, manifest.features
     silence = np.zeros((1, features.segment_samples), np.float32)
     states = backend.encode(transcriber.extractor(silence, [features.segment_frames]))
-    backend.admit(0, states[0, :1], first_memory(model, 1))
+    backend.admit(0, [states[0][0]], first_memory(model, 1))
     start = np.array([transcriber.rules.start_token], np.int32)
     backend.step(start, np.zeros(1, np.int32))

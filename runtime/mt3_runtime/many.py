@@ -8,7 +8,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from mt3_runtime.decoding import decode_rows
-from mt3_runtime.errors import Mt3Error, OptionError
+from mt3_runtime.errors import DeviceError, Mt3Error, OptionError
 from mt3_runtime.piece import Piece
 from mt3_runtime.reading import rows_of
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike
 
-    from mt3_runtime.decoding import DecodedRow, Row
     from mt3_runtime.notes import Note
     from mt3_runtime.piece import RowKey
+    from mt3_runtime.rows import DecodedRow, Row
     from mt3_runtime.transcriber import ManyProgress, Source, Transcriber
     from mt3_runtime.transcription import Transcription
 
@@ -41,9 +41,11 @@ class ManyPieces:
 
     def results(self) -> Iterator[Outcome]:
         """Index and result, or error, of every source, in the order in which they are finished."""
-        backend, rules = self._transcriber.backend, self._transcriber.rules
+        busy = self._transcriber
         with closing(self._rows()) as rows:
-            for row in decode_rows(backend, rows, rules, wanted=lambda key: key.piece in self._pieces):
+            for row in decode_rows(
+                busy.backend, rows, busy.rules, wanted=lambda key: key.piece in self._pieces, fallback=busy.fallback
+            ):
                 yield from self._failures()
                 yield from self._take(row)
         yield from self._failures()
@@ -72,6 +74,8 @@ class ManyPieces:
                 row = next(rows)
             except StopIteration:
                 del self._reading[number]
+            except DeviceError:
+                raise  # it is no fault of the source, and no other source would fare better
             except Mt3Error as error:
                 del self._reading[number]
                 self._fail(number, error)

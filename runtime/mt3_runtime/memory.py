@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from mt3_runtime.arrays import IntArray
-    from mt3_runtime.decoding import DecodedRow
+    from mt3_runtime.rows import DecodedRow
     from mt3_runtime.specs import MemorySpec, ModelSpec
 
 

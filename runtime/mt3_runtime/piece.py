@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mt3_runtime.decoding import Row
 from mt3_runtime.devices import encode_group
 from mt3_runtime.memory import SongMemory
 from mt3_runtime.midi import midi_warnings
 from mt3_runtime.note_decoding import SegmentTokens
 from mt3_runtime.notes import sort_notes
+from mt3_runtime.rows import Row
 from mt3_runtime.stopwatch import Stopwatch
 from mt3_runtime.transcription import Provenance, SegmentNotes, Transcription
 from mt3_runtime.unfinished import Unfinished, ranges
@@ -22,9 +23,10 @@ from mt3_runtime.version import __version__
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from mt3_runtime.decoding import DecodedRow, Status
+    from mt3_runtime.backends import Backend
     from mt3_runtime.manifest import Manifest
     from mt3_runtime.notes import Note
+    from mt3_runtime.rows import DecodedRow, Status
     from mt3_runtime.segments import Segment
     from mt3_runtime.transcriber import Transcriber
 
@@ -38,6 +40,11 @@ class RowKey(NamedTuple):
     piece: int
     segment: int
     channel: int
+
+
+def alone(states: Any) -> Any:
+    """The states of one row without those encoded beside them; what stays on a device is alone already."""
+    return states.copy() if isinstance(states, np.ndarray) else states
 
 
 @dataclass(slots=True)
@@ -62,7 +69,7 @@ class Piece:
         self.samples = self.expected = 0
         self._transcriber = transcriber
         self._state = transcriber.new_note_state()
-        self._read = self._due = self._tokens = 0
+        self._read = self._due = self._tokens = self._fallback_rows = 0
         self._decode_seconds = 0.0
         self._cut: deque[Segment] = deque()
         self._encoded: deque[Row[RowKey]] = deque()
@@ -76,6 +83,11 @@ class Piece:
     def manifest(self) -> Manifest:
         """Of the model."""
         return self._transcriber.bundle.manifest
+
+    @property
+    def device(self) -> str:
+        """Where it is encoded."""
+        return self._transcriber.backend.device
 
     @property
     def count(self) -> int:
@@ -106,7 +118,9 @@ class Piece:
         Segments are encoded here, a group at a time, and ahead of those that wait.
         """
         if not self._encoded and self._cut:
-            self._encode([self._cut.popleft() for _ in range(min(len(self._cut), encode_group(self.manifest)))])
+            self._encode(
+                [self._cut.popleft() for _ in range(min(len(self._cut), encode_group(self.manifest, self.device)))]
+            )
         if not self._encoded:
             return None
         if self._memory is None:
@@ -120,20 +134,29 @@ class Piece:
         return replace(self._encoded.popleft(), memory=memory)
 
     def _encode(self, group: list[Segment]) -> None:
+        states = self._states(group, self._transcriber.backend)
+        for segment, channels in zip(group, states, strict=True):
+            self._under_way[segment.index] = _UnderWay(segment.start, segment.max_time, [None] * len(channels))
+            for channel, own in enumerate(channels):
+                again = partial(self._states_of, segment, channel) if self._transcriber.fallback else None
+                self._encoded.append(Row(RowKey(self.number, segment.index, channel), alone(own), encode=again))
+
+    def _states(self, group: list[Segment], backend: Backend) -> Any:
+        """Encoder states, indexed [segment][channel]."""
         with self.clock.stage("features"):
             samples = np.stack([segment.samples for segment in group])
             features = self._transcriber.extractor(samples, [segment.frames for segment in group])
         with self.clock.stage("encode"):
-            states = self._transcriber.backend.encode(features)  # [segments, channels, frames, d_model]
-        for segment, channels in zip(group, states, strict=True):
-            self._under_way[segment.index] = _UnderWay(segment.start, segment.max_time, [None] * len(channels))
-            for channel, own in enumerate(channels):
-                self._encoded.append(Row(RowKey(self.number, segment.index, channel), own.copy()))
+            return backend.encode(features)
+
+    def _states_of(self, segment: Segment, channel: int, backend: Backend) -> Any:
+        return self._states([segment], backend)[0][channel]
 
     def take(self, row: DecodedRow[RowKey]) -> Iterator[SegmentNotes]:
         """Receive one decoded row; yields the segments that are complete now, in order of time."""
         self._decode_seconds += row.seconds
         self._tokens += len(row.tokens)
+        self._fallback_rows += row.fell_back
         if self._record:
             self._unfinished.note(row.key.segment, row.key.channel, row.status)
         self._under_way[row.key.segment].rows[row.key.channel] = row
@@ -188,6 +211,8 @@ class Piece:
             truncated_segments=self._unfinished.segments("truncated"),
             failed_segments=self._unfinished.segments("failed"),
             memory_restarts=tuple(self._restarts),
+            fallback_rows=self._fallback_rows,
+            device_reason=transcriber.device_reason,
             strict_upstream=transcriber.strict_upstream,
             warnings=warnings,
         )
@@ -195,9 +220,12 @@ class Piece:
 
     def _warnings(self, notes: list[Note]) -> tuple[str, ...]:
         notice = self.manifest.origin.notice
-        restarts = ranges(self._restarts)
+        restarts, again = ranges(self._restarts), self._fallback_rows
+        half = self._transcriber.backend.precision
         return (
             *([notice] if notice else []),
+            *self._transcriber.notices,
+            *([f"{again} rows were decoded again in fp32: {half} gave numbers that are not finite"] if again else []),
             *self._unfinished.warnings(self._transcriber.rules.max_tokens),
             *([f"segments {restarts} know nothing of what was before: it failed"] if restarts else []),
             *self._state.warnings,

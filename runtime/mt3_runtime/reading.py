@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator
 
     from mt3_runtime.arrays import FloatArray
-    from mt3_runtime.decoding import Row
     from mt3_runtime.piece import Piece, RowKey
+    from mt3_runtime.rows import Row
     from mt3_runtime.segments import Segment
     from mt3_runtime.transcriber import Source
 
@@ -34,7 +34,7 @@ def rows_of(
         AudioError: the audio cannot be read or is out of bounds.
         OptionError: samples without a rate, or a file with one.
     """
-    size = encode_group(piece.manifest)
+    size = encode_group(piece.manifest, piece.device)
     with closing(_segments(piece, audio, sample_rate)) as cut:
         segments = piece.clock.each("read", cut)
         error = None

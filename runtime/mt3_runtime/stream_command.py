@@ -49,9 +49,11 @@ def stream_notes(arguments: argparse.Namespace, source: IO[bytes], target: IO[st
         check_writable(arguments.output)
     check_bounds("standard input", arguments.channels, arguments.rate, 0)
     transcriber = load_asked(arguments)
-    if notice := transcriber.bundle.manifest.origin.notice:
-        print(f"note: {notice}", file=sys.stderr)
-    print(f"listening: {arguments.channels} x {arguments.format} at {arguments.rate} Hz", file=sys.stderr)
+    for notice in (transcriber.bundle.manifest.origin.notice, *transcriber.notices):
+        if notice:
+            print(f"note: {notice}", file=sys.stderr)
+    where = ": ".join(filter(None, (transcriber.backend.device, transcriber.device_reason)))
+    print(f"listening: {arguments.channels} x {arguments.format} at {arguments.rate} Hz, on {where}", file=sys.stderr)
     notes: list[Note] = []
     interrupt = _Interrupt()
     try:

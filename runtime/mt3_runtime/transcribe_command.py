@@ -64,7 +64,7 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
 def transcribe_jobs(jobs: Sequence[Job], arguments: argparse.Namespace) -> int:
     """Transcribe every job; returns how many failed. A failed one is reported and keeps nobody else from being done."""
     transcriber = load_asked(arguments, slots=arguments.slots)
-    failures = 0
+    failures, unsaid = 0, device_notes(transcriber)
     for job, outcome, bar in _outcomes(transcriber, jobs, quiet=arguments.quiet):
         written = _save(job, outcome)
         bar.clear()
@@ -74,6 +74,8 @@ def transcribe_jobs(jobs: Sequence[Job], arguments: argparse.Namespace) -> int:
             failures += 1
         elif not arguments.quiet:
             _tell(job, *written)
+            while unsaid:
+                print(unsaid.pop(), file=sys.stderr)
     if failures and len(jobs) > 1:
         print(f"mt3-run: {failures} of {len(jobs)} files failed, {len(jobs) - failures} were written", file=sys.stderr)
     return failures
@@ -84,11 +86,18 @@ def load_asked(arguments: argparse.Namespace, slots: int | None = None) -> Trans
     return load(
         arguments.bundle,
         arguments.device,
+        precision=arguments.precision,
         slots=slots,
         threads=arguments.threads,
         strict_upstream=arguments.strict_upstream == "on",
         fine_programs=arguments.programs == "fine",
     )
+
+
+def device_notes(transcriber: Transcriber) -> list[str]:
+    """What there is to tell of a device that was chosen for the user."""
+    reason = transcriber.device_reason
+    return [f"note: running on {transcriber.backend.device}: {reason}"] if reason else []
 
 
 def _outcomes(

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
     from mt3_runtime.backends import Backend
     from mt3_runtime.bundle import Bundle
-    from mt3_runtime.decoding import Row
     from mt3_runtime.errors import Mt3Error
     from mt3_runtime.many import Item
     from mt3_runtime.notes import Note
     from mt3_runtime.piece import RowKey
+    from mt3_runtime.rows import Row
     from mt3_runtime.transcription import SegmentNotes, Transcription
 
     Source = str | os.PathLike[str] | ArrayLike
@@ -46,6 +46,10 @@ class Transcriber:
         strict_upstream: make the notes that the authors' code makes, where it loses some too (YourMT3).
         fine_programs: write every instrument to MIDI, not the classes that the authors merge them to (YourMT3).
 
+        fallback: gives the backend for second attempts in fp32 (see `decode_rows`); the same one at every call.
+        device_reason: why the backend is this one, for the provenance.
+        notices: what every transcription has to tell of the backend, one line each.
+
     Raises:
         OptionError: an option of YourMT3 for another model.
     """
@@ -58,10 +62,14 @@ class Transcriber:
         name: str,
         strict_upstream: bool = False,
         fine_programs: bool = False,
+        fallback: Callable[[], Backend] | None = None,
+        device_reason: str = "",
+        notices: tuple[str, ...] = (),
     ) -> None:
         manifest = bundle.manifest
         check_options(manifest.model, strict_upstream=strict_upstream, fine_programs=fine_programs)
         self.bundle, self.backend, self.name = bundle, backend, name
+        self.fallback, self.device_reason, self.notices = fallback, device_reason, notices
         self.extractor = feature_extractor(manifest.features)
         self.vocabulary = Vocabulary(manifest.vocabulary)
         self.rules = decoding_rules(manifest.model)
@@ -166,7 +174,7 @@ class Transcriber:
         self, source: Generator[Row[RowKey] | None, None, None], piece: Piece
     ) -> Generator[SegmentNotes, None, None]:
         with closing(source) as rows:
-            for row in decode_rows(self.backend, rows, self.rules):
+            for row in decode_rows(self.backend, rows, self.rules, fallback=self.fallback):
                 yield from piece.take(row)
 
     @contextmanager

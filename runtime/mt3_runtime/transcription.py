@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     import pretty_midi
 
-    from mt3_runtime.decoding import Status
     from mt3_runtime.notes import Note
+    from mt3_runtime.rows import Status
 
 JSON_VERSION = 1
 _DIGITS = 6  # of seconds and probabilities in JSON
@@ -55,6 +55,8 @@ class Provenance:
     those that made no note (see `DecodingStatistics`). Truncated segments reached the length limit before
     their end, failed ones gave no usable tokens, in one of their channels at least; both are indices of segments.
     `memory_restarts`: segments that should have been told of the one before, which failed (see `SongMemory`).
+    `fallback_rows`: how many rows gave numbers that are not finite in half precision, and were decoded again in fp32.
+    `device_reason`: why it is this device, where "auto" chose it.
     Of files transcribed together, each has its share of the seconds. `strict_upstream`: see `Transcriber`.
 
     Raises:
@@ -78,6 +80,8 @@ class Provenance:
     truncated_segments: tuple[int, ...] = ()
     failed_segments: tuple[int, ...] = ()
     memory_restarts: tuple[int, ...] = ()
+    fallback_rows: int = 0
+    device_reason: str = ""
     strict_upstream: bool = False
     warnings: tuple[str, ...] = ()
 

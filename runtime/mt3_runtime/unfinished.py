@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from mt3_runtime.decoding import Status
+    from mt3_runtime.rows import Status
 
 
 class Unfinished:

@@ -19,8 +19,11 @@ class Backend(Protocol):
     length: int
     device: str
     provider: str
-    precision: str
     threads: int
+
+    @property
+    def precision(self) -> str:
+        """Of the graphs that run."""
 
     def encode(self, features: FloatArray) -> Any:
         """Features [segments, frames, bins] -> states, indexed [segment][channel]; each means something to `admit`.
@@ -85,3 +88,6 @@ class DeviceBackend(Backend, Protocol):
             What every step chose, int32 [steps, n], and its log-probabilities, float32 [steps, n], NaN where a logit
             was not finite. Both are overwritten by the launch after the next.
         """
+
+    def discard(self) -> None:
+        """Forget every launch that was not collected: whoever made them was stopped in between."""

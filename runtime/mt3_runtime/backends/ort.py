@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LOWERING = "ort"
 PROVIDER = "CPUExecutionProvider"
-TYPES = {"float32": "tensor(float)", "int32": "tensor(int32)"}
+TYPES = {"float32": "tensor(float)", "int32": "tensor(int32)", "float16": "tensor(float16)"}
 MEMORY_STEP = 16  # tokens of a memory are counted in these, so that ONNX Runtime meets few different shapes
 
 
@@ -198,7 +198,7 @@ def open_session(bundle: Bundle, entry: GraphFile, *, threads: int) -> Any:
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise BundleError(f"ONNX Runtime cannot load {entry.file} of {bundle.path} ({reason}): export again") from error
-    contract = next(spec for spec in bundle.manifest.contracts if spec.name == entry.graph)
+    contract = next(spec for spec in bundle.manifest.contracts if spec.name == entry.graph).typed(entry.precision)
     for nodes, tensors in ((session.get_inputs(), contract.inputs), (session.get_outputs(), contract.outputs)):
         found = [(node.name, node.type, tuple(node.shape)) for node in nodes]
         if found != [(tensor.name, TYPES[tensor.dtype], tensor.shape) for tensor in tensors]:

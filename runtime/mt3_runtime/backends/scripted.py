@@ -50,7 +50,7 @@ class Moved:
 
 
 @dataclass(slots=True, eq=False)
-class _Pass:
+class Pass:
     """A row from one admission on: what it replays, what it has to read next, and all it has read."""
 
     key: int
@@ -95,8 +95,8 @@ class ScriptedBackend:
             if not all(value == int(value) for value in script if math.isfinite(value)):
                 raise OptionError(f"the script of row {key} holds a fraction: give token ids and NaN")
         self._start_token, self._channels, self._encoded, self._admissions = start_token, channels, 0, Counter[int]()
-        self._cross: list[_Pass | None] = [None] * slots
-        self._own: list[list[tuple[_Pass, int] | None]] = [[None] * length for _ in range(slots)]
+        self._cross: list[Pass | None] = [None] * slots
+        self._own: list[list[tuple[Pass, int] | None]] = [[None] * length for _ in range(slots)]
         self._next_token, self._log_prob = np.zeros(slots, np.int32), np.zeros(slots, np.float32)
 
     def encode(self, features: FloatArray) -> FloatArray:
@@ -108,59 +108,64 @@ class ScriptedBackend:
     def admit(self, first: int, states: RowStates, memory: IntArray | None = None) -> None:
         """See `Backend.admit`."""
         keys = tuple(int(key) for key in np.asarray(states)[:, 0, 0])
-        _insist(memory is None or (len(memory) == len(keys) and memory.dtype == np.int32), "memory of other rows")
-        _insist(bool(keys) and 0 <= first <= self.slots - len(keys), f"{len(keys)} rows do not fit from slot {first}")
+        insist(memory is None or (len(memory) == len(keys) and memory.dtype == np.int32), "memory of other rows")
+        insist(bool(keys) and 0 <= first <= self.slots - len(keys), f"{len(keys)} rows do not fit from slot {first}")
         for slot, key in enumerate(keys, start=first):
-            _insist(key in self._scripts, f"row {key} has no script")
+            insist(key in self._scripts, f"row {key} has no script")
             scripts = self._retries if self._admissions[key] and key in self._retries else self._scripts
             self._admissions[key] += 1
-            self._cross[slot] = _Pass(key, scripts[key], due=self._start_token)
+            self._cross[slot] = Pass(key, scripts[key], due=self._start_token)
         self.calls.append(Admitted(first, keys, () if memory is None else tuple(map(tuple, memory.tolist()))))
 
     def step(self, tokens: IntArray, positions: IntArray) -> tuple[IntArray, FloatArray]:
         """See `Backend.step`."""
         count = len(tokens)
-        _insist(0 < count == len(positions) <= self.slots, f"{count} tokens at {len(positions)} positions")
-        _insist(tokens.dtype == positions.dtype == np.int32, f"{tokens.dtype} tokens at {positions.dtype} positions")
+        insist(0 < count == len(positions) <= self.slots, f"{count} tokens at {len(positions)} positions")
+        insist(tokens.dtype == positions.dtype == np.int32, f"{tokens.dtype} tokens at {positions.dtype} positions")
         self._next_token.fill(-1)
         self._log_prob.fill(np.nan)
-        keys = []
         for slot, (token, position) in enumerate(zip(tokens.tolist(), positions.tolist(), strict=True)):
-            row = self._read(slot, token, position)
-            value = row.script[position]
-            row.due = int(value) if math.isfinite(value) else END_TOKEN
-            self._next_token[slot] = row.due
-            self._log_prob[slot] = -row.due / LOG_PROB_STEPS if math.isfinite(value) else value
-            keys.append(row.key)
-        self.calls.append(Stepped(tuple(keys), tuple(tokens.tolist()), tuple(positions.tolist())))
+            self._next_token[slot], self._log_prob[slot] = self._choose(self._read(slot, token, position), position)
+        self.calls.append(Stepped(self._keys(count), tuple(tokens.tolist()), tuple(positions.tolist())))
         return self._next_token[:count], self._log_prob[:count]
 
     def move(self, source: int, target: int, length: int) -> None:
         """See `Backend.move`."""
         inside = 0 <= source < self.slots and 0 <= target < self.slots and 0 <= length <= self.length
-        _insist(inside and source != target, f"{length} positions cannot go from slot {source} to slot {target}")
-        _insist(self._cross[source] is not None, f"slot {source} was moved before a row was admitted to it")
+        insist(inside and source != target, f"{length} positions cannot go from slot {source} to slot {target}")
+        insist(self._cross[source] is not None, f"slot {source} was moved before a row was admitted to it")
         self._cross[target] = self._cross[source]
         self._own[target][:length] = self._own[source][:length]
         self.calls.append(Moved(source, target, length))
 
-    def _read(self, slot: int, token: int, position: int) -> _Pass:
+    def _keys(self, count: int) -> tuple[int, ...]:
+        """The rows in slots 0..n-1."""
+        return tuple(row.key for row in self._cross[:count] if row is not None)
+
+    @staticmethod
+    def _choose(row: Pass, position: int) -> tuple[int, float]:
+        """The next token of a row's script, and its log-probability."""
+        value = row.script[position]
+        row.due = int(value) if math.isfinite(value) else END_TOKEN
+        return row.due, -row.due / LOG_PROB_STEPS if math.isfinite(value) else value
+
+    def _read(self, slot: int, token: int, position: int) -> Pass:
         """Let the row of a slot read one token, as attention would: everything up to `position`."""
         row = self._cross[slot]
         if row is None:
             raise AssertionError(f"slot {slot} was stepped before a row was admitted to it")
         where = f"row {row.key} in slot {slot}"
-        _insist(position == len(row.read), f"{where} was read at position {position}, not {len(row.read)}")
-        _insist(token == row.due, f"{where} read token {token} at {position}, not its own {row.due}")
-        _insist(position < min(len(row.script), self.length), f"{where} was stepped after the end of its script")
+        insist(position == len(row.read), f"{where} was read at position {position}, not {len(row.read)}")
+        insist(token == row.due, f"{where} read token {token} at {position}, not its own {row.due}")
+        insist(position < min(len(row.script), self.length), f"{where} was stepped after the end of its script")
         row.read.append(token)
         self._own[slot][position] = (row, token)
         seen = self._own[slot][: position + 1]
-        _insist(seen == [(row, own) for own in row.read], f"{where} sees a cache that is not its own")
+        insist(seen == [(row, own) for own in row.read], f"{where} sees a cache that is not its own")
         return row
 
 
-def _insist(condition: bool, broken: str) -> None:
+def insist(condition: bool, broken: str) -> None:
     """Raise AssertionError with `broken` unless `condition` holds."""
     if not condition:
         raise AssertionError(broken)
