@@ -17,7 +17,9 @@ def device(manifest, precision="fp16", chunk=4, *, eager=False, slots=SLOTS, **g
     gpu = FakeGpu(eager=eager)
     given = {"lengths": LENGTHS, **graphs}
     options = DeviceOptions(slots, precision=precision, chunk=chunk)
-    made = FakeGraphs(gpu, Numbers(precision).functions(), **given)
+    held = {spec.name for spec in manifest.contracts}
+    functions = {name: run for name, run in Numbers(precision).functions().items() if name in held}
+    made = FakeGraphs(gpu, functions, **given)
     return DeviceRows(manifest, gpu, made, options, device="fake:0", provider="FakeGpu")
 
 

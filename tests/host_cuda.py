@@ -124,7 +124,7 @@ class HostGraphs:
     captures, lengths, segments, rows = True, (8, 16, LENGTH), None, None
 
     def __init__(self, host, functions):
-        self.host, self.functions = host, functions
+        self.host, self.functions, self.names = host, functions, frozenset(functions)
 
     def bind(self, graph, tensors):
         arrays = {}

@@ -152,3 +152,21 @@ def test_a_memory_that_does_not_fit_is_refused(tiny_bundle, context_bundle, feat
         plain.admit(0, plain.encode(features[:1])[0], told)
     with pytest.raises(OptionError, match=r"memory of shape None: give them one of shape \(1, 1024\)"):
         context.admit(0, context.encode(features[:1])[0])
+
+
+def test_only_audio_is_sent_where_the_bundle_has_a_graph_of_the_features(half_folder):
+    """The device's features, made in float32, and the runtime's, made in float64, give the same notes."""
+    bundle = open_bundle(half_folder)
+    assert bundle.manifest.takes_audio
+    gpu = FakeGpu()
+    options = DeviceOptions(4, precision="fp32", chunk=4)
+    device = Transcriber(bundle, fake_backend(bundle, options, gpu=gpu), name="device")
+    host = Transcriber(bundle, OrtBackend(bundle, slots=4, threads=1), name="host")
+    rate = bundle.manifest.features.sample_rate
+    samples = np.random.default_rng(8).normal(0, 0.1, 5 * rate).astype(np.float32)
+    refused = []
+    device.extractor = SimpleNamespace(check=lambda audio, frames: refused.append((audio.shape, frames)))
+    found, wanted = device.transcribe(samples, rate), host.transcribe(samples, rate)
+    assert [shape for shape, _ in refused] == [(3, 32_768)]
+    assert found.provenance.tokens == wanted.provenance.tokens > 0
+    assert [(n.onset, n.pitch, n.program) for n in found.notes] == [(n.onset, n.pitch, n.program) for n in wanted.notes]

@@ -20,7 +20,7 @@ from mt3_export.onnx_graph import trace
 from mt3_export.precision import PLANS, checked_precisions
 from mt3_runtime.bundle import open_bundle
 from mt3_runtime.errors import OptionError
-from mt3_runtime.graphs import GRAPH_NAMES, graph_specs
+from mt3_runtime.graphs import FEATURES, GRAPH_NAMES, graph_specs
 from small_yourmt3 import channel_checkpoint
 
 FLOAT = TensorProto.FLOAT
@@ -169,7 +169,12 @@ def test_what_the_bundle_lists(half_folder):
     forms = [(entry.lowering, entry.precision) for entry in bundle.manifest.graphs if entry.graph == "encoder"]
     plain = [("ort", "fp32"), ("tensorrt", "fp32"), ("cuda", "fp32")]
     assert forms == [*plain, *((lowering, precision) for precision, lowering in FORMS)]
-    for entry in bundle.manifest.graphs:
+    audio = [entry for entry in bundle.manifest.graphs if entry.graph == FEATURES]
+    assert {(entry.lowering, entry.precision) for entry in audio} == {
+        (lowering, p) for lowering in ("tensorrt", "cuda") for p in ("fp32", "fp16", "bf16")
+    }
+    assert {(entry.file, entry.weights) for entry in audio} == {("features.onnx", "weights.features.bin")}
+    for entry in set(bundle.manifest.graphs) - set(audio):
         assert entry.file == f"{entry.graph}.{entry.precision}.{entry.lowering}.onnx"
         assert entry.weights == f"weights.{entry.precision}.bin"
     for name in bundle.manifest.files:

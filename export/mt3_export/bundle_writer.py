@@ -11,18 +11,20 @@ import shutil
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import metadata
+from itertools import product
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from mt3_export.features_graph import trace_features
 from mt3_export.lowering import LOWERINGS, Cuda, TensorRT
 from mt3_export.network import build_modules
-from mt3_export.onnx_graph import PREFIX, trace
+from mt3_export.onnx_graph import PREFIX, for_cuda, trace
 from mt3_export.precision import PLANS, checked_precisions
 from mt3_export.state import printable
 from mt3_export.weights_file import WeightsFile, stored_weights
 from mt3_runtime.errors import BundleError, OptionError, OutputError
-from mt3_runtime.graphs import graph_specs
+from mt3_runtime.graphs import FEATURES, graph_specs
 from mt3_runtime.manifest import (
     FORMAT,
     MANIFEST_LIMIT,
@@ -44,8 +46,9 @@ if TYPE_CHECKING:
 
     from mt3_export.checkpoint import Checkpoint
     from mt3_export.lowering import Lowering
-    from mt3_runtime.graphs import Precision
+    from mt3_runtime.graphs import GraphSpec, Precision
     from mt3_runtime.manifest import LoweringName, WeightsStorage
+    from mt3_runtime.specs import FeatureSpec
 
 # YourMT3 counts steps from the start of a segment, which is 205 steps long.
 VOCABULARIES = {"mt3": VocabularySpec(), "yourmt3": VocabularySpec(max_shift_steps=205)}
@@ -95,7 +98,7 @@ def export_bundle(
             model=checkpoint.model,
             features=checkpoint.features,
             vocabulary=VOCABULARIES[checkpoint.model.family],
-            contracts=tuple(graph_specs(checkpoint.model, checkpoint.features).values()),
+            contracts=_contracts(checkpoint, graphs),
             graphs=graphs,
             files=files,
             origin=origin,
@@ -120,7 +123,30 @@ def _write_graphs(
         written = _lowerings(precision, alone=len(precisions) == 1)
         its_storage: WeightsStorage = storage if precision == "fp32" else "fp32"  # halves are stored as they are
         entries += _write_precision(rounded, folder, precision, written, its_storage)
+    if len(precisions) > 1:
+        entries += _write_features(checkpoint.features, folder, precisions)
     return tuple(entries)
+
+
+def _contracts(checkpoint: Checkpoint, graphs: Sequence[GraphFile]) -> tuple[GraphSpec, ...]:
+    takes_audio = any(entry.graph == FEATURES for entry in graphs)
+    return tuple(graph_specs(checkpoint.model, checkpoint.features, takes_audio=takes_audio).values())
+
+
+def _write_features(features: FeatureSpec, folder: Path, precisions: Sequence[Precision]) -> list[GraphFile]:
+    """Write the graph of the features, which is one for all devices and precisions."""
+    graph, weights = trace_features(features), WeightsFile(folder / f"weights.{FEATURES}.bin", "fp32")
+    try:
+        weights.move(graph)
+    finally:
+        weights.close()
+    file = f"{FEATURES}.onnx"
+    (folder / file).write_bytes(ir.to_proto(graph).SerializeToString(deterministic=True))
+    lowerings: tuple[LoweringName, ...] = ("tensorrt", "cuda")
+    return [
+        GraphFile(FEATURES, lowering, precision, file, weights.name)
+        for lowering, precision in product(lowerings, precisions)
+    ]
 
 
 def _lowerings(precision: Precision, *, alone: bool) -> dict[LoweringName, Lowering]:
@@ -144,6 +170,8 @@ def _write_precision(
             modules = build_modules(checkpoint.model, checkpoint.features, checkpoint.tensors, ops, checkpoint.design)
             for name, spec in specs.items():
                 graph = trace(modules[name], spec.typed(precision))
+                if lowering == "cuda":
+                    for_cuda(graph)
                 weights.move(graph, tables=dict(modules[name].named_buffers(PREFIX)))
                 file = f"{name}.{precision}.{lowering}.onnx"
                 (folder / file).write_bytes(ir.to_proto(graph).SerializeToString(deterministic=True))

@@ -78,7 +78,7 @@ def engine_key(bundle: Bundle, plan: EnginePlan, target: Target) -> EngineKey:
         gpu=host.gpu if host else "",
         cuda=host.cuda if host else "",
         driver=host.driver if host else "",
-        flags=(*FLAGS, "products as sums") if _needs_sums(target) else FLAGS,
+        flags=FLAGS if whole_products(target) else (*FLAGS, "products as sums"),
         version=__version__,
     )
 
@@ -95,7 +95,7 @@ def build_engine(trt: Any, bundle: Bundle, plan: EnginePlan, target: Target) -> 
     builder = trt.Builder(logger)
     if builder is None:  # pragma: no cover -- TensorRT without a GPU
         raise DeviceError(f"TensorRT cannot start ({_problems(logger)}): run mt3-run doctor")
-    graph = ready_graph(bundle, plan, sums=_needs_sums(target))
+    graph = ready_graph(bundle, plan, sums=not whole_products(target))
     parsed = parse(trt, builder, logger, graph)
     config = builder.create_builder_config()
     _configure(trt, config, target)
@@ -111,8 +111,9 @@ def build_engine(trt: Any, bundle: Bundle, plan: EnginePlan, target: Target) -> 
     )
 
 
-def _needs_sums(target: Target) -> bool:
-    return target.backend == "tensorrt-rtx" and TURING in target.targets
+def whole_products(target: Target) -> bool:
+    """Whether TensorRT multiplies matrices in float32 for all of the target."""
+    return target.backend != "tensorrt-rtx" or TURING not in target.targets
 
 
 def make_logger(trt: Any) -> Any:

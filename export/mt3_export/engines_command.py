@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mt3_runtime.bundle import open_bundle
 from mt3_runtime.engine_cache import EngineCache
 from mt3_runtime.errors import DependencyError
+from mt3_runtime.graphs import FEATURES
 from mt3_runtime.trt import MODULES, import_tensorrt
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def build_engines(arguments: argparse.Namespace, say: Callable[[str], None], cac
     Raises:
         Mt3Error: whatever is missing or does not fit; engines that were finished before stay.
     """
-    from mt3_export.engine_builder import build_engine, engine_key  # noqa: PLC0415 -- onnx takes a second to import
+    from mt3_export.engine_builder import TURING, build_engine, engine_key, whole_products  # noqa: PLC0415 -- onnx takes a second to import
     from mt3_export.engine_report import to_table  # noqa: PLC0415
     from mt3_export.recipes import plan_engines, recipe_for  # noqa: PLC0415
 
@@ -46,6 +47,9 @@ def build_engines(arguments: argparse.Namespace, say: Callable[[str], None], cac
     cache = cache or EngineCache()
     engines: list[Engine] = []
     for plan in plans:
+        if plan.spec.name == FEATURES and not whole_products(target):
+            say(f"{FEATURES} is left out: {backend} has no float32 products for {TURING}, the host computes it there")
+            continue
         key = engine_key(bundle, plan, target)
         say(f"{key.title} ...")
         engines.append(cache.get(key, partial(build_engine, trt, bundle, plan, target), say))

@@ -244,7 +244,8 @@ class Cuda(OnnxRuntime):
     """Operators that ONNX Runtime's CUDA provider has kernels for, none of which waits for the host.
 
     A captured graph replays kernels alone. What the host computes before it must therefore be the same at every step:
-    shapes are, positions are not. Half precision is GroupQueryAttention's only; float32 is written out.
+    shapes are, positions are not. Half precision is GroupQueryAttention's only; float32 is written out, in operators
+    that opset 18 has (see `onnx_graph.for_cuda`), and writes the whole cache at every step: it is for comparisons.
     """
 
     name = "cuda"
@@ -263,16 +264,12 @@ class Cuda(OnnxRuntime):
             room = symbolic("Shape", (key,), {"start": 2, "end": 3}, dtype=torch.int64, shape=(1,))
             return group_query_attention(qkv, key, value, position, room.to(INT32), heads)
         query, new_key, new_value = (split_heads(part, heads) for part in qkv.chunk(3, -1))
-        key, value = scattered(key, new_key, position), scattered(value, new_value, position)
-        unwritten = (torch.arange(key.shape[2], dtype=INT32) > position[:, None])[:, None, None]  # [n, 1, 1, length]
+        places = torch.arange(key.shape[2], dtype=INT32)
+        here = (places == position[:, None])[:, None, :, None]  # [n, 1, length, 1]
+        key, value = torch.where(here, new_key, key), torch.where(here, new_value, value)
+        unwritten = (places > position[:, None])[:, None, None]  # [n, 1, 1, length]
         scores = (query @ key.transpose(-1, -2)).masked_fill(unwritten, -torch.inf)
         return merge_heads(scores.softmax(-1) @ value), key, value
-
-
-def scattered(cache: Tensor, new: Tensor, position: Tensor) -> Tensor:
-    """The cache [n, heads, length, d] with one position of every row written."""
-    where = position.to(torch.int64)
-    return symbolic("TensorScatter", (cache, new, where), {"axis": 2}, dtype=cache.dtype, shape=cache.shape)
 
 
 class TensorRT(TracedProducts):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mt3_runtime.graphs import GraphSpec, TensorSpec
 
 OPSET = 24
+CUDA_OPSET, CUDA_OPSET_BF16 = 18, 22  # the latter has convolutions in bfloat16
 PREFIX = "weights"  # initializers are named `weights.{parameter}`, apart from everything the exporter names
 # Sizes to trace with: not 1, which the exporter would take for a constant, and unlike each other.
 TRACE_SIZES = {"segments": 2, "rows": 3, "length": 48, "written": 80}
@@ -57,6 +58,22 @@ def trace(module: torch.nn.Module, spec: GraphSpec) -> ir.Model:
     write_types(model)
     _tidy(model, spec)
     return model
+
+
+def for_cuda(model: ir.Model) -> None:
+    """Say that a graph is of an older opset, which has all of its operators.
+
+    ONNX Runtime's CUDA provider finds a kernel by the exact version of an operator, and has none for Cast, Reshape,
+    Transpose and others as opset 24 has them (docs/OperatorKernels.md): such a node would run on the CPU.
+    """
+    graph = model.graph
+    older = all(_is_known(node.op_type, node.outputs[0]) for node in graph)
+    graph.opset_imports[""] = CUDA_OPSET if older else CUDA_OPSET_BF16
+
+
+def _is_known(operator: str, output: ir.Value) -> bool:
+    """Whether opset 18 has the operator for that type: bfloat16 came later to some."""
+    return operator not in ("Conv", "AveragePool") or output.dtype is None or output.dtype.name != "BFLOAT16"
 
 
 class _Positional(torch.nn.Module):

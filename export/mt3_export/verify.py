@@ -19,6 +19,7 @@ from mt3_export.weights_file import stored_weights
 from mt3_runtime.backends.ort import open_session
 from mt3_runtime.errors import CheckpointError
 from mt3_runtime.features import feature_extractor
+from mt3_runtime.graphs import FEATURES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,9 +39,8 @@ RELATIVE_LIMIT: dict[Precision, float] = {
     "fp16": 2e-3,
     "bf16": 1.6e-2,
 }  # norm of the difference over norm
-ROUTED_FACTOR = (
-    30  # of half precision, where experts are chosen: it sends a few tokens to another one, which differ whole
-)
+FEATURES_LIMIT = 1e-5
+ROUTED_FACTOR = 30  # of half precision with experts, where a few tokens are sent to another one and differ whole
 NOT_HERE = "not run here (ONNX Runtime has no bfloat16 on the CPU)"
 CLEAR_GAP = 1e-5  # in logits of about 1, which float32 gets wrong by a tenth of that
 DRAWS = 6  # for every segment that is wanted; every third or so will do
@@ -116,6 +116,8 @@ def verify_bundle(
     contracts = {spec.name: spec for spec in manifest.contracts}
     reports = []
     for entry in manifest.graphs:
+        if entry.graph == FEATURES:
+            continue
         limit = _limit(entry, checkpoint)
         compare, ran = Comparison(), entry.precision != "bf16"
         if ran:
@@ -125,7 +127,21 @@ def verify_bundle(
         form = (entry.graph, entry.lowering, entry.precision)
         tokens, equal, ties = compare.counts
         reports.append(GraphReport(*form, compare.largest, compare.relative, limit, tokens, equal, ties, ran))
-    return reports
+    return [*_verify_features(bundle, segments, seed), *reports]
+
+
+def _verify_features(bundle: Bundle, segments: int, seed: int) -> list[GraphReport]:
+    """Compare the graph of the features, which is the same in every form, with what the runtime computes in float64."""
+    spec = bundle.manifest.features
+    entry = next((entry for entry in bundle.manifest.graphs if entry.graph == FEATURES), None)
+    if entry is None:
+        return []
+    audio, compare = chord_audio(spec, segments, seed), Comparison()
+    frames = [spec.segment_frames] * segments
+    session = open_session(bundle, entry, threads=torch.get_num_threads())
+    found = session.run(None, {"samples": audio, "frames": np.array(frames, np.int32)})[0]
+    compare.arrays(found, feature_extractor(spec)(audio, frames))
+    return [GraphReport(FEATURES, "devices", "fp32", compare.largest, compare.relative, FEATURES_LIMIT)]
 
 
 def _limit(entry: GraphFile, checkpoint: Checkpoint) -> float:
@@ -171,7 +187,13 @@ def decided_features(
 
 
 def chord_features(spec: FeatureSpec, segments: int, seed: int) -> np.ndarray:
-    """Features of decaying chords over a little noise [segments, frames, bins]: weights want to see music."""
+    """Features of decaying chords [segments, frames, bins]."""
+    audio = chord_audio(spec, segments, seed)
+    return feature_extractor(spec)(audio, [spec.segment_frames] * segments)
+
+
+def chord_audio(spec: FeatureSpec, segments: int, seed: int) -> np.ndarray:
+    """Decaying chords over a little noise [segments, samples]: weights want to see music."""
     generator = np.random.default_rng(seed)
     time = np.arange(spec.segment_samples) / spec.sample_rate
     audio = generator.normal(0, 1e-3, (segments, len(time)))
@@ -180,7 +202,7 @@ def chord_features(spec: FeatureSpec, segments: int, seed: int) -> np.ndarray:
             since = time - onset
             tone = sum(np.sin(2 * np.pi * 440 * 2 ** ((pitch - 69) / 12) * k * since) / k for k in (1, 2, 3))
             audio[row] += np.where(since >= 0, 0.1 * np.exp(-3 * np.maximum(since, 0)) * tone, 0)
-    return feature_extractor(spec)(audio.astype(np.float32), [spec.segment_frames] * segments)
+    return audio.astype(np.float32)
 
 
 class _Runner:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mt3_runtime.errors import DeviceError
+from mt3_runtime.graphs import FEATURES
 
 if TYPE_CHECKING:
     from mt3_runtime.bundle import Bundle
@@ -36,7 +37,7 @@ def find_engines(
     rows: int = 1,
     profile: str | None = None,
 ) -> dict[str, tuple[Entry, ...]]:
-    """The engines of every graph of a bundle, those of a graph by rising cache length.
+    """The engines of every graph of a bundle, those of a graph by rising cache length; of the features where it is.
 
     Args:
         cache: where they are.
@@ -51,15 +52,16 @@ def find_engines(
     """
     entries = cache.entries()
     fitting = [entry for entry in entries if _difference(entry.key, bundle, host, precision) is None]
-    graphs = [spec.name for spec in bundle.manifest.contracts]
+    graphs = [spec.name for spec in bundle.manifest.contracts if spec.name != FEATURES]
     choices = []
     for name in {entry.key.profile for entry in fitting if profile in {None, entry.key.profile}}:
         chosen = {graph: _of_graph(fitting, graph, name, rows) for graph in graphs}
+        audio = _of_graph(fitting, FEATURES, name, rows)
         if all(chosen.values()) and (chosen["decode_step"][-1].key.length or 0) >= bundle.manifest.model.positions:
             most = min(
                 entry.key.axes["rows"][2] for found in chosen.values() for entry in found if "rows" in entry.key.axes
             )
-            choices.append((most, name, chosen))
+            choices.append((most, name, {FEATURES: audio, **chosen} if audio else chosen))
     if not choices:
         raise DeviceError(_explain(entries, bundle, host, precision, rows, profile))
     return min(choices, key=lambda choice: choice[:2])[2]

@@ -80,7 +80,7 @@ def features_spec(features: FeatureSpec) -> GraphSpec:
     samples = TensorSpec("samples", "float32", ("segments", features.segment_samples))
     shape = ("segments", features.segment_frames, features.bins)
     return GraphSpec(
-        "features", (samples, TensorSpec("frames", "int32", ("segments",))), (TensorSpec("features", "float32", shape),)
+        FEATURES, (samples, TensorSpec("frames", "int32", ("segments",))), (TensorSpec("features", "float32", shape),)
     )
 
 
@@ -160,9 +160,10 @@ def decode_step_spec(model: ModelSpec, features: FeatureSpec) -> GraphSpec:
     )
 
 
-def graph_specs(model: ModelSpec, features: FeatureSpec) -> dict[str, GraphSpec]:
-    """Every graph of a model, by name, in the order of the data flow."""
-    specs = [encoder_spec(model, features)]
+def graph_specs(model: ModelSpec, features: FeatureSpec, *, takes_audio: bool = False) -> dict[str, GraphSpec]:
+    """Every graph of a model, by name, in the order of the data flow; `takes_audio`: that of the features too."""
+    specs = [features_spec(features)] if takes_audio else []
+    specs.append(encoder_spec(model, features))
     if model.memory:
         specs.append(memory_spec(model, model.memory))
     specs.append(cross_kv_spec(model, features))

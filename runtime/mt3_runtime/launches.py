@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mt3_runtime.arrays import FloatArray, IntArray, RowStates
-    from mt3_runtime.backends import Backend, DeviceBackend
+    from mt3_runtime.backends import AudioBackend, Backend, DeviceBackend
     from mt3_runtime.slots import Live
 
 
@@ -150,6 +150,11 @@ class SteppedBackend:
 def is_device(backend: Backend) -> bool:
     """Whether a backend takes launches by itself."""
     return hasattr(backend, "launch")
+
+
+def audio_device(backend: Backend) -> AudioBackend | None:
+    """The backend, if it computes features itself."""
+    return cast("AudioBackend", backend) if getattr(backend, "takes_audio", False) else None
 
 
 def launching(backend: Backend) -> DeviceBackend:

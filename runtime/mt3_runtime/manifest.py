@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mt3_runtime.graphs import GraphSpec, Precision, graph_specs
+from mt3_runtime.graphs import FEATURES, GraphSpec, Precision, graph_specs
 from mt3_runtime.specs import FeatureSpec, MemorySpec, ModelSpec, VocabularySpec, require
 from mt3_runtime.strict import build, parse_json
 
@@ -85,6 +85,11 @@ class Manifest:
         for entry in self.graphs:
             self._check_graph(entry)
 
+    @property
+    def takes_audio(self) -> bool:
+        """Whether there is a graph of the features, for devices."""
+        return any(spec.name == FEATURES for spec in self.contracts)
+
     def _check_sizes(self) -> None:
         """What a manifest asks for must fit a machine, whoever wrote it."""
         model, features = self.model, self.features
@@ -110,7 +115,7 @@ class Manifest:
         listed = sum(len(spec.inputs) for spec in self.contracts)
         # the first half keeps a made-up number of layers from being spelled out
         same = self.model.decoder_layers <= listed and self.contracts == tuple(
-            graph_specs(self.model, self.features).values()
+            graph_specs(self.model, self.features, takes_audio=self.takes_audio).values()
         )
         require(same, "the graphs have other inputs or outputs than the model: export the bundle again")
 

@@ -128,7 +128,7 @@ class Frontend(ABC):
         Raises:
             AudioError: the two arguments do not fit the spec or each other, or samples are beyond all loudness.
         """
-        self._check(segments, real_frames)
+        self.check(segments, real_frames)
         spec = self.spec
         result = np.empty((len(segments), spec.segment_frames, spec.bins), np.float32)
         for samples, real, features in zip(segments, real_frames, result, strict=True):
@@ -136,7 +136,12 @@ class Frontend(ABC):
             features[real:] = 0
         return result
 
-    def _check(self, segments: NDArray[np.float32], real_frames: Sequence[int]) -> None:
+    def check(self, segments: NDArray[np.float32], real_frames: Sequence[int]) -> None:
+        """Refuse what has no features.
+
+        Raises:
+            AudioError: see `__call__`.
+        """
         spec = self.spec
         if segments.ndim != 2 or segments.shape[1] != spec.segment_samples:
             raise AudioError(f"segments are {segments.shape}, not [n, {spec.segment_samples}]: cut with iter_segments")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mt3_runtime.devices import encode_group
+from mt3_runtime.launches import audio_device
 from mt3_runtime.memory import SongMemory
 from mt3_runtime.midi import midi_warnings
 from mt3_runtime.note_decoding import SegmentTokens
@@ -143,9 +144,15 @@ class Piece:
 
     def _states(self, group: list[Segment], backend: Backend) -> Any:
         """Encoder states, indexed [segment][channel]."""
+        extractor, device = self._transcriber.extractor, audio_device(backend)
+        samples, frames = np.stack([segment.samples for segment in group]), [segment.frames for segment in group]
+        if device:
+            with self.clock.stage("features"):
+                extractor.check(samples, frames)  # a device cannot refuse what is no audio
+            with self.clock.stage("encode"):
+                return device.encode_audio(samples, np.array(frames, np.int32))
         with self.clock.stage("features"):
-            samples = np.stack([segment.samples for segment in group])
-            features = self._transcriber.extractor(samples, [segment.frames for segment in group])
+            features = extractor(samples, frames)
         with self.clock.stage("encode"):
             return backend.encode(features)
 

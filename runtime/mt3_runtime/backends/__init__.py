@@ -91,3 +91,19 @@ class DeviceBackend(Backend, Protocol):
 
     def discard(self) -> None:
         """Forget every launch that was not collected: whoever made them was stopped in between."""
+
+
+class AudioBackend(Protocol):
+    """What a `DeviceBackend` may be besides: one that computes features itself."""
+
+    @property
+    def takes_audio(self) -> bool:
+        """Whether there is `encode_audio`."""
+
+    def encode_audio(self, samples: FloatArray, frames: IntArray) -> Any:
+        """`encode` from samples, so that only audio is sent to the device.
+
+        Args:
+            samples: float32 [segments, segment_samples], which the host's front end would take.
+            frames: int32 [segments], how many frames of each are real.
+        """

@@ -105,6 +105,7 @@ class CudaGraphs:
             for spec in bundle.manifest.contracts:
                 entry = bundle.graph(spec.name, LOWERING, precision)
                 self.sessions[spec.name] = self._open(bundle, entry, spec.typed(precision), gpu.stream)
+            self.names = frozenset(self.sessions)
         except BaseException:
             self.close()  # before the stream that they were given
             raise

@@ -143,16 +143,11 @@ class DeviceRows:
 
     @property
     def takes_audio(self) -> bool:
-        """Whether there is `encode_audio`: the bundle has a graph of the features."""
+        """See `AudioBackend.takes_audio`."""
         return self._segments.takes_audio
 
     def encode_audio(self, samples: FloatArray, frames: IntArray) -> Any:
-        """`encode` from samples, so that only audio is sent to the device.
-
-        Args:
-            samples: float32 [segments, segment_samples].
-            frames: int32 [segments], how many frames of each are real.
-        """
+        """See `AudioBackend.encode_audio`."""
         return self._segments.encode_audio(samples, frames)
 
     def admit(self, first: int, states: RowStates, memory: IntArray | None = None) -> None:

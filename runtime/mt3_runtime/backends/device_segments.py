@@ -12,7 +12,7 @@ from mt3_runtime.backends.gpu import SIZES, DeviceTensor, Plane, contiguous, to_
 from mt3_runtime.backends.gpu_buffers import Pool, Uploads
 from mt3_runtime.backends.ort import without_fill
 from mt3_runtime.errors import OptionError
-from mt3_runtime.graphs import HALVES
+from mt3_runtime.graphs import FEATURES, HALVES
 
 if TYPE_CHECKING:
     from mt3_runtime.arrays import FloatArray, IntArray, RowStates
@@ -54,7 +54,7 @@ class SegmentsOnDevice:
     @property
     def takes_audio(self) -> bool:
         """Whether there is a graph of the features."""
-        return "features" in self._contracts
+        return FEATURES in self._graphs.names
 
     def encode(self, features: FloatArray) -> list[list[DeviceState]]:
         """Features [segments, frames, bins] -> states [segment][channel], without waiting for them."""
@@ -101,7 +101,7 @@ class SegmentsOnDevice:
             DeviceTensor("frames", "int32", (segments,), counts.address),
             DeviceTensor("features", "float32", (segments, *self._features), block.address),
         ]
-        self._graphs.bind("features", tensors)()
+        self._graphs.bind(FEATURES, tensors)()
         return block
 
     def _encode(self, features: Block, segments: int) -> list[list[DeviceState]]:

@@ -16,6 +16,7 @@ from mt3_runtime.backends.device_rows import DeviceOptions, DeviceRows
 from mt3_runtime.backends.gpu import SIZES
 from mt3_runtime.backends.ort import import_onnxruntime, open_session
 from mt3_runtime.errors import OutOfMemoryError
+from mt3_runtime.graphs import FEATURES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -216,7 +217,7 @@ class FakeGraphs:
         segments: int | None = None,
         rows: int | None = None,
     ) -> None:
-        self._gpu, self._functions = gpu, dict(functions)
+        self._gpu, self._functions, self.names = gpu, dict(functions), frozenset(functions)
         self.captures, self.lengths, self.segments, self.rows = captures, lengths, segments, rows
 
     def bind(self, graph: str, tensors: Sequence[DeviceTensor]) -> Callable[[], None]:
@@ -255,7 +256,8 @@ def fake_backend(
     gpu = gpu or FakeGpu()
     functions = {}
     for spec in bundle.manifest.contracts:
-        session = open_session(bundle, bundle.graph(spec.name, "ort", "fp32"), threads=threads)
+        lowering = "cuda" if spec.name == FEATURES else "ort"
+        session = open_session(bundle, bundle.graph(spec.name, lowering, "fp32"), threads=threads)
         functions[spec.name] = session_function(session, spec.output_names)
     graphs = FakeGraphs(gpu, functions, captures=captures, lengths=lengths)
     return DeviceRows(bundle.manifest, gpu, graphs, options, device="fake:0", provider="FakeGpu")

@@ -97,11 +97,13 @@ class Gpu(Protocol):
 class Graphs(Protocol):
     """The graphs of a bundle on one device.
 
+    `names`: of the graphs; "features" may be missing.
     `captures`: whether calls made of `bind` may be captured by `Gpu.capture`.
     `lengths`: cache lengths, in positions, for which there is a decode step, rising; None: any.
     `segments`, `rows`: the most that one call takes; None: any number.
     """
 
+    names: frozenset[str]
     captures: bool
     lengths: tuple[int, ...] | None
     segments: int | None

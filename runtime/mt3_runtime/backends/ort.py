@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mt3_runtime.errors import BundleError, DependencyError, OptionError
+from mt3_runtime.graphs import FEATURES
 from mt3_runtime.machine import default_threads
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class OrtBackend:
             )
         self.device, self.provider, self.precision = "cpu", PROVIDER, precision
         self.threads = threads or default_threads()
-        self._contracts = {spec.name: spec for spec in bundle.manifest.contracts}
+        self._contracts = {spec.name: spec for spec in bundle.manifest.contracts if spec.name != FEATURES}
         entries = [bundle.graph(name, LOWERING, precision) for name in self._contracts]
         self._sessions = {entry.graph: open_session(bundle, entry, threads=self.threads) for entry in entries}
         self._memory, self._prefix, layers = model.memory, model.prefix_length, model.decoder_layers

@@ -58,6 +58,7 @@ class TrtGraphs:
 
     def __init__(self, trt: Any, gpu: CudaGpu, engines: Mapping[EngineName, Engine]) -> None:
         self._trt, self._gpu, self.engines = trt, gpu, dict(engines)
+        self.names = frozenset(name for name, _ in engines)
         self.lengths: tuple[int, ...] | None = tuple(sorted(length for name, length in engines if length is not None))
         self.segments: int | None = min(
             engine.largest(first_input(name), 0) for (name, _), engine in engines.items() if name in SEGMENTS
