@@ -102,6 +102,7 @@ def test_the_driver_is_asked(tmp_path):
 
 @pytest.mark.parametrize(("load_library", "words"), [
     (missing, "libcuda.so.1 is missing"),
+    (lambda _: FakeDriver([], status=100), "shows no GPU (CUDA_VISIBLE_DEVICES may hide it)"),
     (lambda _: FakeDriver([], status=999), "cuInit gives error 999"),
     (lambda _: FakeDriver([]), "knows of no GPU"),
 ])  # fmt: skip
@@ -204,6 +205,13 @@ CASES = {
     "an old GPU": ("cuda", {"driver": Driver("580.1", (13, 0), (Gpu("V100", 70),))}, "V100 (sm_70) is too old", "new"),
     "no TensorRT": ("tensorrt", {"tensorrt": Package()}, "tensorrt is not installed", "mt3-runtime[tensorrt]"),
     "no RTX": ("tensorrt-rtx", {}, "tensorrt-rtx is not installed", "mt3-runtime[tensorrt-rtx]"),
+    "bindings too new": (
+        "cuda", {"driver": replace(OLD_DRIVER, cuda=(12, 4)), "runtime": replace(GOOD.runtime, cuda="12.8")},
+        "cuda-bindings 13.5.0 is for CUDA 13, the driver supports 12 at most", "pip install 'cuda-bindings<13'",
+    ),
+    "a GPU that is hidden": (
+        "cuda", {"driver": Driver(problem="shows no GPU", hidden=True)}, "shows no GPU", "unset CUDA_VISIBLE_DEVICES",
+    ),
     "no bindings": ("tensorrt", {"bindings": Package()}, "cuda-bindings is not installed", "cuda-bindings>=12.8"),
 }  # fmt: skip
 

@@ -371,8 +371,22 @@ def test_engines_for_something_else_are_not(filled, mt3, trt, export):
     assert f"tensorrt-rtx {trt.__version__}" in said(host=host_of(trt, backend_version="1.8"))
     assert "precision fp16" in said(precision="bf16")
     assert "no engines of this bundle" in said(bundle=export("ymt3plus"))
-    assert "17 rows" in said(rows=17)
     assert "profile fast" in said(profile="fast")
+
+
+def test_more_rows_than_any_engine_takes_is_not_mended_by_building_again(filled, mt3, trt):
+    with pytest.raises(DeviceError, match="take at most 16 rows, not 17: use --slots 16 or fewer"):
+        find_engines(filled, mt3, host_of(trt), "fp16", rows=17)
+
+
+@pytest.mark.parametrize("other", [{"version": "0.0.1"}, {"flags": ("strongly typed", "own casts")}])
+def test_engines_of_another_version_or_builder_are_not_used(mt3, trt, tmp_path, other):
+    cache, built = EngineCache(tmp_path / "engines"), engine_builder.Built(b"engine", {})
+    target = Target("tensorrt-rtx", trt.__version__, ("sm_89",), host_of(trt))
+    for plan in plans_of(mt3).values():
+        cache.get(replace(engine_key(mt3, plan, target), **other), lambda: built)
+    with pytest.raises(DeviceError, match="another version of this package"):
+        find_engines(cache, mt3, host_of(trt), "fp16")
 
 
 def test_an_engine_built_for_one_gpu_runs_on_no_other(mt3, trt, tmp_path):

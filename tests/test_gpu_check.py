@@ -20,6 +20,8 @@ from gpu_checks.report import to_text  # noqa: E402
 
 from mt3_runtime.bundle import demo_bundle_path  # noqa: E402
 from mt3_runtime.errors import DependencyError, DeviceError  # noqa: E402
+from mt3_runtime.gpu_probe import has_gpu  # noqa: E402
+from mt3_runtime.trt import import_tensorrt  # noqa: E402
 
 CHECKS = ("placement", "parity", "poisoned", "speed", "memory", "latency", "throughput")
 
@@ -135,3 +137,16 @@ def test_names_that_nothing_has_are_refused():
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 2
     assert "speeds is none of placement, parity" in run.stderr
+
+
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+def test_engines_that_cannot_be_built_are_an_error_and_not_left_out(tmp_path):
+    """TensorRT-RTX is there, the GPU to build for is not: of `skipped` nobody would take notice."""
+    import_tensorrt("tensorrt-rtx")
+    options = ["--bundle", str(demo_bundle_path()), "--targets", "tensorrt-rtx/fp32", "--checks", "parity"]
+    command = [sys.executable, str(SCRIPTS / "gpu_check"), *options, "--output", str(tmp_path / "found.json")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert run.returncode == 1
+    [result] = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert (result["check"], result["status"]) == ("engines", "error")
+    assert "libcuda.so.1" in result["error"]

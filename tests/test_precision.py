@@ -7,6 +7,7 @@ from dataclasses import replace
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from onnx import TensorProto
 
 from conftest import TINY_FEATURES, TINY_MODEL
@@ -16,11 +17,12 @@ from memory_cases import CONTEXT, PREFIX_MEMORY, memory_checkpoint
 from mt3_export import cli
 from mt3_export.lowering import Cuda, TensorRT
 from mt3_export.network import build_modules
-from mt3_export.onnx_graph import trace
+from mt3_export.onnx_graph import for_cuda, trace
 from mt3_export.precision import PLANS, checked_precisions
 from mt3_runtime.bundle import open_bundle
-from mt3_runtime.errors import OptionError
+from mt3_runtime.errors import BundleError, OptionError
 from mt3_runtime.graphs import FEATURES, GRAPH_NAMES, graph_specs
+from recipe_cases import checkpoint_for
 from small_yourmt3 import channel_checkpoint
 
 FLOAT = TensorProto.FLOAT
@@ -277,3 +279,26 @@ def test_a_weight_beyond_fp16_is_refused(tmp_path):
     spec = graph_specs(HALF_MODEL, TINY_FEATURES)["cross_kv"].typed("fp16")
     with pytest.raises(OptionError, match=r"projections\.0 reaches 70000, which float16 cannot hold: .* without that"):
         trace(modules["cross_kv"], spec)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("recipe", ["ymt3plus", "yptf-single", "yptf-multi", "yptf-moe-multi"])
+def test_encoders_of_yourmt3_keep_to_the_opset_that_cuda_has_kernels_of(recipe, precision):
+    checkpoint = checkpoint_for(recipe)
+    ops = Cuda(PLANS[precision])
+    modules = build_modules(checkpoint.model, checkpoint.features, checkpoint.tensors, ops, checkpoint.design)
+    graph = trace(modules["encoder"], graph_specs(checkpoint.model, checkpoint.features)["encoder"].typed(precision))
+    for_cuda(graph)
+    version = graph.graph.opset_imports[""]
+    assert version == (22 if precision == "bf16" and recipe != "ymt3plus" else 18)
+    onnx.checker.check_model(ir.to_proto(graph))
+
+
+def test_an_operator_that_the_opset_lacks_is_an_error():
+    class Newer(torch.nn.Module):
+        def forward(self, features):
+            return torch.nn.functional.gelu(features)[:, None]
+
+    spec = graph_specs(replace(TINY_MODEL, d_model=TINY_FEATURES.bins), TINY_FEATURES)["encoder"]
+    with pytest.raises(BundleError, match="opset 18 has no Gelu"):
+        for_cuda(trace(Newer(), spec))

@@ -162,6 +162,7 @@ CHANGES = {
     "family is 'mt4'": ('family = "mt3"', 'family = "mt4"'),
     "has no family": ('family = "mt3"', 'memory = "none"'),
     "smallest, the best and the largest": ("[1, 2, 4] }\ncross", "[4, 2, 1] }\ncross"),
+    "one may be alone": ("[1, 2, 4] }\ncross", "[2, 2, 4] }\ncross"),
     "whole numbers": ("[1, 2, 4] }\ncross", "[1, 2, 4.5] }\ncross"),
     "is not a list": ("[1, 2, 4] }\ncross", "3 }\ncross"),
     "do not rise": ("lengths = [256]", "lengths = [512, 256]"),

@@ -10,7 +10,7 @@ from mt3_export.engine_report import make_report
 from mt3_export.trt_graph import ready_graph
 from mt3_export.trt_network import one_line, parse
 from mt3_runtime.engine_cache import Built
-from mt3_runtime.engine_key import EngineKey
+from mt3_runtime.engine_key import FLAGS, EngineKey
 from mt3_runtime.errors import BundleError, DeviceError, OptionError
 from mt3_runtime.version import __version__
 
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from mt3_runtime.engine_lookup import Host
     from mt3_runtime.trt import TrtName
 
-# What `_configure` and the parser set, as part of the key. Whole fp32 products, as they are compared with the CPU's;
-# one stream, because a step is captured in a CUDA graph.
-FLAGS = ("strongly typed", "own casts", "attention decomposable", "no TF32", "one stream", "detailed names")
 TURING = "sm_75"  # whose engines TensorRT-RTX builds without float32 products
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mt3_export.trt_network import Parsed
     from mt3_runtime.engine_cache import Engine
 
+MOST_WARNINGS = 50
 KERNELS = 16 << 20  # bytes of a plan that are not weights, at most
 COLUMNS = ("engine", "products", "layers", "compared", "weights", "plan", "activations", "seconds", "from")
 
@@ -101,7 +102,9 @@ def _warnings(logger: Any, weights: int, plan: int) -> list[str]:
     texts = {text[:300] for kind, text in logger.problems if kind == "warning"}
     if plan > 1.6 * weights + KERNELS:
         texts.add(f"the plan takes {_mib(plan)}, the weights {_mib(weights)}: TensorRT holds some in a wider type")
-    return sorted(texts)
+    listed = sorted(texts)
+    more = [f"and {len(listed) - MOST_WARNINGS} more warnings"] if len(listed) > MOST_WARNINGS else []
+    return [*listed[:MOST_WARNINGS], *more]  # a description in the cache has a largest size
 
 
 def _loaded(trt: Any, logger: Any, plan: bytes) -> dict[str, Any]:  # pragma: no cover -- needs a GPU

@@ -10,6 +10,7 @@ All attention is unscaled (scale 1.0 is written out: ONNX would divide by sqrt(d
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -68,6 +69,9 @@ class Lowering(Protocol):
 
     def gelu(self, x: Tensor) -> Tensor:
         """GELU in its tanh form."""
+
+    def exact_gelu(self, x: Tensor) -> Tensor:
+        """GELU by the error function."""
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
         """Attend without a mask: query [n, q, heads*d]; key, value [n, heads, k, d] -> [n, q, heads*d]."""
@@ -253,6 +257,9 @@ class Cuda(OnnxRuntime):
 
     def project(self, x: Tensor, matrix: Tensor) -> Tensor:
         return self.narrow(x) @ self.stored(matrix)
+
+    def exact_gelu(self, x: Tensor) -> Tensor:
+        return 0.5 * x * (1.0 + torch.erf(x * math.sqrt(0.5)))  # the operator came with opset 20
 
     def experts(self, tokens: Tensor, probabilities: Tensor, experts: list[Matrices], chosen: int) -> Tensor:
         return dense_experts(tokens, kept(probabilities, chosen), experts, self)

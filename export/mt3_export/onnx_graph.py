@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+import onnx
 import torch
 
 from mt3_export.experts import expand_experts
@@ -65,10 +66,16 @@ def for_cuda(model: ir.Model) -> None:
 
     ONNX Runtime's CUDA provider finds a kernel by the exact version of an operator, and has none for Cast, Reshape,
     Transpose and others as opset 24 has them (docs/OperatorKernels.md): such a node would run on the CPU.
+
+    Raises:
+        BundleError: that opset lacks an operator.
     """
     graph = model.graph
     older = all(_is_known(node.op_type, node.outputs[0]) for node in graph)
-    graph.opset_imports[""] = CUDA_OPSET if older else CUDA_OPSET_BF16
+    version = graph.opset_imports[""] = CUDA_OPSET if older else CUDA_OPSET_BF16
+    newer = {node.op_type for node in graph if not node.domain and not onnx.defs.has(node.op_type, version, "")}
+    if newer:
+        raise BundleError(f"opset {version} has no {', '.join(sorted(newer))}: use the pinned torch and onnxscript")
 
 
 def _is_known(operator: str, output: ir.Value) -> bool:

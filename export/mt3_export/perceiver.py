@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 -- the name every torch user knows
 
 from mt3_export.conv_block import Front
 from mt3_export.experts import Experts
@@ -36,7 +35,7 @@ class Mlp(nn.Module):
         self.outer, self.outer_bias = weights.matrix("dense2"), constant(weights.exact("dense2.bias"))
 
     def forward(self, normed: Tensor) -> Tensor:
-        active = F.gelu(self.ops.linear(normed, self.inner) + self.inner_bias)
+        active = self.ops.exact_gelu(self.ops.linear(normed, self.inner) + self.inner_bias)
         return self.ops.linear(active, self.outer) + self.outer_bias
 
 

@@ -232,4 +232,5 @@ class _Place:
         numbers = [self.size(number, named) for number in self.listed(value, named)]
         rising = len(numbers) == 3 and numbers == sorted(numbers)
         self.expect(rising, f"{named} is {value!r:.80}", "give the smallest, the best and the largest size")
+        self.expect(numbers[0] == 1, f"{named} begins with {numbers[0]}, and one may be alone", "begin with 1")
         return numbers[0], numbers[1], numbers[2]

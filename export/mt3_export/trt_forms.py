@@ -10,12 +10,11 @@ from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-
-    import onnx
 
 FLOAT = TensorProto.FLOAT
 HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -40,7 +39,10 @@ def own_casts(graph: onnx.GraphProto) -> int:
                 if name in taken:
                     added += 1
                     copy = f"{name}.{added}"
-                    nodes.append(helper.make_node("Cast", casts[name].input, [copy], name=f"{copy}.cast", to=FLOAT))
+                    own = onnx.NodeProto()
+                    own.CopyFrom(casts[name])
+                    own.name, own.output[0] = f"{copy}.cast", copy
+                    nodes.append(own)
                     node.input[place] = copy
                 elif name in casts:
                     taken.add(name)

@@ -136,4 +136,4 @@ def _put_weights_in(model: onnx.ModelProto, bundle: Bundle, file: str) -> None:
         tensor.data_location = TensorProto.DEFAULT
         tensor.raw_data = bytes(weights[start : start + size])
     if model.ByteSize() > PROTOBUF_LIMIT:
-        raise BundleError(f"{file} makes a graph of more than 2 GiB: export a bundle of half precision alone")
+        raise BundleError(f"{file} makes a graph of more than 2 GiB: use --precision fp16")

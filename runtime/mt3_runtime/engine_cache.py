@@ -140,10 +140,13 @@ class EngineCache:
         check_private(self.folder)
         removed = []
         for path in self._folders():
-            title = self._reason_to_prune(path.name, older_than, everything=everything)
-            if title:
-                self._discard(path)
-                removed.append(title)
+            with locked(self.folder, path.name, wait=False) as held:
+                if held is False:  # somebody builds it again
+                    continue
+                title = self._reason_to_prune(path.name, older_than, everything=everything)
+                if title:
+                    self._discard(path)
+                    removed.append(title)
         sweep(self.folder)
         return removed
 

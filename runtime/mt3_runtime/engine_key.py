@@ -15,6 +15,17 @@ from mt3_runtime.manifest import SHA256
 from mt3_runtime.strict import build
 from mt3_runtime.trt import TrtName  # noqa: TC001
 
+# What the builder sets and rewrites, as part of the key: whole fp32 products, as they are compared with the CPU's; one
+# stream, because a step is captured in a CUDA graph. The number counts changes of it that no other word tells.
+FLAGS = (
+    "builder 1",
+    "strongly typed",
+    "own casts",
+    "attention decomposable",
+    "no TF32",
+    "one stream",
+    "detailed names",
+)
 TARGET = re.compile(r"sm_[1-9][0-9]{1,2}[a-z]?")
 Axis = Literal["segments", "rows", "written", "length"]
 

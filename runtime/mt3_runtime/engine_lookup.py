@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mt3_runtime.engine_key import FLAGS
 from mt3_runtime.errors import DeviceError
 from mt3_runtime.graphs import FEATURES
+from mt3_runtime.version import __version__
 
 if TYPE_CHECKING:
     from mt3_runtime.bundle import Bundle
@@ -87,6 +89,8 @@ def _difference(key: EngineKey, bundle: Bundle, host: Host, precision: Precision
     }
     if (key.graph_sha256, key.weights_sha256) not in made_from:
         return "another bundle"
+    if key.version != __version__ or not set(FLAGS) <= set(key.flags):
+        return f"another version of this package ({key.version})"
     if key.precision != precision:
         return f"precision {key.precision}"
     if (key.backend, key.backend_version) != (host.backend, host.backend_version):
@@ -111,5 +115,9 @@ def _explain(
         problem = f"there are engines for {'; '.join(str(text) for text in other)}"
     else:
         problem = "there are no engines of this bundle"
+    fitting = [entry.key for entry, text in zip(entries, differences, strict=True) if text is None]
+    most = max((key.axes["rows"][2] for key in fitting if "rows" in key.axes), default=rows)
+    if most < rows:
+        return f"the engines of {bundle.path} take at most {most} rows, not {rows}: use --slots {most} or fewer"
     command = f"mt3-export engines {bundle.path} --backend {host.backend} --precision {precision} --target this"
     return f"no engines of {bundle.path} for {wanted} ({problem}): run {command}"

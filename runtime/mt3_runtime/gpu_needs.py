@@ -27,7 +27,8 @@ OLDEST_DRIVER = {12: "525.60", 13: "580.65"}  # NVIDIA's table of CUDA's minor-v
 OLDEST_SM = {12: 50, 13: 75}
 FIRST_CUDA = 12
 INSTALL_DRIVER = "install NVIDIA's driver, or start the container with --gpus all"
-INSTALL_CUDA = "pip uninstall -y onnxruntime && pip install 'mt3-runtime[cuda]'"
+SHOW_GPU = "unset CUDA_VISIBLE_DEVICES, or start the container with --gpus all"
+INSTALL_CUDA = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'mt3-runtime[cuda]'"
 TRT_PACKAGES = {
     "tensorrt": (("tensorrt",), ("tensorrt-cu13", "tensorrt-cu12", "tensorrt")),
     "tensorrt-rtx": (
@@ -79,7 +80,8 @@ def problems(device: Device, facts: Facts) -> list[Problem]:
     """What keeps a GPU from being used in this way, all of it."""
     found = list(_of_driver(device, facts.driver))
     if device.kind == "cuda":
-        return [*found, *_of_runtime(device, facts.driver, facts.runtime), *_of_bindings(facts.bindings)]
+        found += _of_runtime(device, facts.driver, facts.runtime)
+        return [*found, *_of_bindings(facts, alone=not found)]
     package = facts.package(device)
     if package.module:
         found += _of_cuda(
@@ -87,7 +89,7 @@ def problems(device: Device, facts: Facts) -> list[Problem]:
         )
     else:
         found.append(Problem(f"{device.kind} is not installed", f"pip install 'mt3-runtime[{device.kind}]'"))
-    return [*found, *_of_bindings(facts.bindings)]
+    return [*found, *_of_bindings(facts, alone=not found)]
 
 
 def require_usable(device: Device, facts: Facts) -> None:
@@ -106,7 +108,7 @@ def reachable() -> bool:
 
 def _of_driver(device: Device, driver: Driver) -> Iterator[Problem]:
     if driver.problem:
-        yield Problem(driver.problem, INSTALL_DRIVER)
+        yield Problem(driver.problem, SHOW_GPU if driver.hidden else INSTALL_DRIVER)
     elif device.index >= len(driver.gpus):
         there = ", ".join(f"{device.kind}:{index} ({gpu.name})" for index, gpu in enumerate(driver.gpus))
         yield Problem(f"there is no GPU {device.index}, only {there}", f"use {device.kind}:0, or another one of these")
@@ -146,6 +148,12 @@ def _major(cuda: str) -> int:
     return int(cuda.split(".", maxsplit=1)[0]) if cuda else FIRST_CUDA
 
 
-def _of_bindings(bindings: Package) -> Iterator[Problem]:
+def _of_bindings(facts: Facts, *, alone: bool) -> Iterator[Problem]:
+    """The package brings a CUDA runtime of its own, of its major version; a problem only if there is no other one."""
+    bindings, driver = facts.bindings, facts.driver
+    major = bindings.version.split(".", maxsplit=1)[0]
     if not bindings.module:
         yield Problem("cuda-bindings is not installed", "pip install 'cuda-bindings>=12.8'")
+    elif alone and major.isdecimal() and driver.cuda[0] < int(major):
+        have = f"cuda-bindings {bindings.version} is for CUDA {major}, the driver supports {driver.cuda[0]} at most"
+        yield Problem(have, f"pip install 'cuda-bindings<{driver.cuda[0] + 1}', or update NVIDIA's driver")

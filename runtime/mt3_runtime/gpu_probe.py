@@ -26,6 +26,7 @@ CUDA_PROVIDER = "CUDAExecutionProvider"
 DRIVER = "libcuda.so.1"
 MAJOR_ATTRIBUTE, MINOR_ATTRIBUTE = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 NAME_BYTES = 256
+NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 NODES = ("dev/nvidiactl", "dev/nvidia0", "dev/dxg")
 # Of ONNX Runtime's CUDA provider, by the major version of CUDA: what its `preload_dlls` loads (release 1.31).
 LIBRARIES = {
@@ -52,6 +53,7 @@ class Driver:
     cuda: tuple[int, int] = (0, 0)
     gpus: tuple[Gpu, ...] = ()
     problem: str = ""
+    hidden: bool = False  # the driver works, and shows no GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,10 @@ def probe_driver(load: Callable[[str], Any] = ctypes.CDLL, root: Path = ROOT) ->
         library = load(DRIVER)
     except OSError:
         return Driver(version, problem=f"NVIDIA's driver is not installed or not passed on ({DRIVER} is missing)")
-    if status := library.cuInit(0):
+    status = library.cuInit(0)
+    if status == NO_DEVICE:
+        return Driver(version, problem="NVIDIA's driver shows no GPU (CUDA_VISIBLE_DEVICES may hide it)", hidden=True)
+    if status:
         return Driver(version, problem=f"NVIDIA's driver does not start (cuInit gives error {status})")
     number = ctypes.c_int()
     library.cuDriverGetVersion(ctypes.byref(number))

@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from mt3_runtime.specs import ModelSpec
 
 SECONDS = (8.0, 20.0)  # of a held-out clip
-ROWS = {"one": "one voice", "two": "two voices", "beat": "one voice, drums", "band": "four voices, drums"}
+ROWS = {
+    "one": "one voice",
+    "two": "two voices",
+    "beat": "one voice, drums",
+    "band": "four voices, drums",
+    "drums": "drums alone",
+}
 
 
 @dataclass(frozen=True, slots=True)
