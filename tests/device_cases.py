@@ -15,7 +15,8 @@ from mt3_runtime.graphs import graph_specs
 from mt3_runtime.specs import FeatureSpec, MemorySpec, ModelSpec, VocabularySpec
 
 HEADS, WIDTH, LAYERS, D_MODEL, VOCAB, LENGTH = 2, 16, 2, 32, 596, 40
-FRAMES, CHANNELS, REMEMBERED, SPAN = 17, 3, 4, 64
+# odd sizes: rows of states, of a memory and of caches do not end where TensorRT lets another tensor begin
+FRAMES, CHANNELS, REMEMBERED, SPAN = 17, 3, 3, 64
 CONTEXT = MemorySpec("context", REMEMBERED, SPAN, 0, (END,))
 PREFIX = MemorySpec("prefix", REMEMBERED, SPAN, 0, (END,))
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from device_cases import LENGTH, Numbers
-from mt3_runtime.backends.fake_gpu import NUMPY_TYPES
+from mt3_runtime.backends.fake_gpu import NUMPY_TYPES, THREAD
 from mt3_runtime.backends.tensorrt_graphs import Engine, check_engine
 
 MAXIMA = {"segments": 4, "rows": 8, "written": 64}
@@ -51,6 +51,7 @@ class StandInEngine:
 
     def create_execution_context(self, strategy):
         assert strategy == "ours"
+        assert THREAD.gpu is self.gpu
         self.contexts += 1
         return StandInContext(self)
 
@@ -74,10 +75,12 @@ class StandInContext:
 
     def set_tensor_address(self, name, address):
         self.places[name] = address
+        assert address % 256 == 0
         return name in self.engine.tensors
 
     def execute_async_v3(self, stream):
         assert stream == 7
+        assert THREAD.gpu is self.engine.gpu
         assert self.memory is not None
         gpu, arrays = self.engine.gpu, {}
         for name, (kind, tensor) in self.engine.tensors.items():

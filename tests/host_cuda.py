@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,6 +30,7 @@ class HostCuda:
 
     def __init__(self):
         self.memory, self.host, self.names, self.recording, self.size = {}, {}, [], None, 1 << 30
+        self.current, self.devices, self.returned, self.refused = threading.local(), [], None, ()
 
     def __getattr__(self, name):
         real = getattr(runtime, name)
@@ -37,7 +39,10 @@ class HostCuda:
 
         def call(*arguments):
             self.names.append(name)
+            self.devices.append((name, getattr(self.current, "device", 0)))
             assert real(*arguments)[0] != runtime.cudaError_t.cudaSuccess or name in HARMLESS
+            if name in self.refused:
+                return (runtime.cudaError_t.cudaErrorStreamCaptureInvalidated, self.returned)
             result = getattr(self, f"do_{snake(name[4:])}", lambda *_: ())(*arguments)
             if isinstance(result, runtime.cudaError_t):
                 return (result, None)
@@ -47,6 +52,9 @@ class HostCuda:
 
     def ask(self, command):
         (self.recording.append if self.recording is not None else lambda run: run())(command)
+
+    def do_set_device(self, index):
+        self.current.device = index
 
     def do_get_device_count(self):
         return 2
@@ -69,7 +77,9 @@ class HostCuda:
     def do_malloc(self, size):
         if size + sum(map(len, self.memory.values())) > self.size:
             return runtime.cudaError_t.cudaErrorMemoryAllocation
-        array = np.full(size, 255, np.uint8)
+        whole = np.full(size + 256, 255, np.uint8)
+        start = -whole.ctypes.data % 256
+        array = whole[start : start + size]
         self.memory[array.ctypes.data] = array
         return array.ctypes.data
 
@@ -130,6 +140,7 @@ class HostGraphs:
         arrays = {}
         for tensor in tensors:
             dtype = np.dtype(NUMPY_TYPES[tensor.dtype])
+            assert tensor.address % 256 == 0
             size = int(np.prod(tensor.shape)) * dtype.itemsize
             assert any(
                 at <= tensor.address <= tensor.address + size <= at + len(a) for at, a in self.host.memory.items()

@@ -12,7 +12,7 @@ from mt3_runtime.backends import cuda
 from mt3_runtime.backends.cuda import CudaBackend, run_error
 from mt3_runtime.backends.fake_gpu import FakeGpu
 from mt3_runtime.backends.ort import OrtBackend
-from mt3_runtime.errors import DeviceError, DeviceLostError, OutOfMemoryError
+from mt3_runtime.errors import DeviceError, DeviceLostError, OptionError, OutOfMemoryError
 
 
 @pytest.fixture
@@ -44,6 +44,16 @@ def test_sessions_are_bound_to_memory_of_the_device(request, on_cpu, kind):
     for found, wanted in zip(follow(backend, 12, 3), follow(own, 12, 3), strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-4)
     assert set(backend.graphs.placement()["encoder"]) == {"CPUExecutionProvider"}
+
+
+def test_sessions_are_given_up_before_the_gpu(tiny_bundle, on_cpu, monkeypatch):
+    order, gpu = [], cuda.CudaGpu(0)
+    close = cuda.CudaGraphs.close
+    monkeypatch.setattr(cuda.CudaGraphs, "close", lambda self: (order.append("graphs"), close(self)))
+    monkeypatch.setattr(gpu, "close", lambda: order.append("gpu"))
+    with pytest.raises(OptionError):
+        CudaBackend(tiny_bundle, slots=0, precision="fp32")
+    assert order[:2] == ["graphs", "gpu"]
 
 
 def test_a_network_that_would_run_elsewhere_is_refused(tiny_bundle, on_cpu, monkeypatch):

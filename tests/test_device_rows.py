@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,9 +22,9 @@ from device_cases import (
 from device_schedules import LENGTHS, device, play
 from mt3_runtime.backends.device_rows import DeviceOptions, DeviceRows, bucket_of
 from mt3_runtime.backends.fake_gpu import FakeGpu, FakeGraphs
-from mt3_runtime.backends.gpu import to_device_type
+from mt3_runtime.backends.gpu import DeviceTensor, to_device_type
 from mt3_runtime.errors import DeviceError, DeviceLostError, OptionError, OutOfMemoryError
-from mt3_runtime.graphs import features_spec
+from mt3_runtime.graphs import features_spec, graph_specs
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +102,13 @@ def test_audio_is_encoded_on_the_device_as_its_features_are(manifest):
     assert wanted == [[expected(row_states(one, c), 9) for c in range(3)] for one in features]
 
 
-def test_a_device_that_refuses_to_capture_goes_on_without(manifest):
+@pytest.mark.parametrize("error", [DeviceError, OutOfMemoryError])
+def test_a_device_that_refuses_to_capture_goes_on_without(manifest, error):
     backend, refusals = device(manifest), []
 
     def refuse(enqueue):
         refusals.append(enqueue)
-        raise DeviceError("no captures today: use another driver")
+        raise error("no captures today: use another driver")
 
     backend.gpu.capture = refuse
     play(backend, 0)
@@ -114,15 +116,14 @@ def test_a_device_that_refuses_to_capture_goes_on_without(manifest):
     assert (backend.captured, backend.capture_problem) == (0, "no captures today: use another driver")
 
 
-@pytest.mark.parametrize("error", [OutOfMemoryError, DeviceLostError])
-def test_a_device_that_fails_in_a_capture_is_not_used_further(manifest, error):
+def test_a_device_that_is_lost_in_a_capture_is_not_used_further(manifest):
     backend = device(manifest)
 
     def fail(enqueue):
-        raise error("gone")
+        raise DeviceLostError("gone")
 
     backend.gpu.capture = fail
-    with pytest.raises(error):
+    with pytest.raises(DeviceLostError):
         play(backend, 0)
 
 
@@ -235,6 +236,8 @@ def test_planted_faults_show(manifest, fault):
             play(backend, 5, failing=0.4)
         except AssertionError:
             caught.append(eager)
+        finally:
+            backend.gpu.close()  # what is still asked for would fail too
     assert caught
 
 
@@ -313,6 +316,61 @@ def test_everything_is_given_back(manifest):
     play(backend, 1)
     backend.close()
     assert backend._gpu.allocated == 0
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_is_under_way_is_over_before_its_graphs_are_given_up(manifest, lost):
+    backend, order = device(manifest), []
+    backend.admit(0, backend.encode(np.zeros((1, FRAMES, 1024), np.float32))[0])
+    backend.seed(0, np.zeros(3, np.int32))
+    backend.launch(np.zeros(3, np.int32), 4)
+    assert backend.gpu.done < backend.gpu.asked
+    graphs_close = backend.graphs.close
+    backend.graphs.close = lambda: (order.append(("graphs", backend.gpu.done == backend.gpu.asked)), graphs_close())
+    backend.gpu.close = lambda: order.append("gpu")
+    if lost:
+        backend.gpu.synchronize = lambda: (_ for _ in ()).throw(DeviceLostError("gone"))
+    backend.close()
+    assert order == [("graphs", not lost), "gpu"]
+
+
+def test_results_of_a_step_outlive_the_backend(manifest):
+    backend = device(manifest)
+    backend.admit(0, backend.encode(np.zeros((1, FRAMES, 1024), np.float32))[0])
+    found = backend.step(np.zeros(3, np.int32), np.zeros(3, np.int32))
+    kept = [values.tolist() for values in found]
+    backend.close()
+    assert [values.tolist() for values in found] == kept
+
+
+# ---- addresses ----------------------------------------------------------------------------------------------------
+
+
+def test_an_odd_address_is_refused():
+    gpu = FakeGpu()
+    graphs, start = FakeGraphs(gpu, {"memory": print}), gpu.allocate(512)
+    assert start % 256 == 0
+    with pytest.raises(AssertionError, match="tokens of memory stands at an odd address"):
+        graphs.bind("memory", [DeviceTensor("tokens", "int32", (2,), start + 64)])
+
+
+@pytest.mark.parametrize("slots", [1, 3, 24, 64, 100])
+def test_every_step_stands_where_a_graph_can_be_bound_to_it(manifest, slots):
+    """With a memory or without, as the demo model is: 4 heads of 48, in caches of 256, 512 and 1024 positions."""
+    model = replace(manifest.model, num_heads=4, d_kv=48, max_length=1024, decoder_layers=1)
+    contracts = tuple(graph_specs(model, manifest.features).values())
+    made = SimpleNamespace(model=model, features=manifest.features, contracts=contracts)
+    gpu = FakeGpu()
+    functions = {spec.name: (lambda arrays: None) for spec in contracts}
+    backend = DeviceRows(made, gpu, FakeGraphs(gpu, functions), DeviceOptions(slots), device="", provider="")
+    assert list(backend._own) == [256, 512, 1024]
+    states = backend.encode(np.zeros((1, FRAMES, 1024), np.float32))[0]
+    for first in range(min(slots, 5)):
+        backend.admit(first, [states[first % 3]])
+    for position in (0, 300, 1020):
+        backend.launch(np.full(slots, position, np.int32), 16)
+        backend.discard()
+    assert len(backend._bound) == 3 * 16
 
 
 def test_numbers_as_a_device_stores_them():

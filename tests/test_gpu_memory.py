@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -11,6 +12,7 @@ from device_schedules import SLOTS, play
 from host_cuda import HAS_GPU, HostCuda, HostGraphs, runtime
 from mt3_runtime.backends import gpu_memory
 from mt3_runtime.backends.device_rows import DeviceOptions, DeviceRows
+from mt3_runtime.backends.gpu import contiguous
 from mt3_runtime.backends.gpu_memory import CudaGpu, cuda_error
 from mt3_runtime.errors import DependencyError, DeviceError, DeviceLostError, OutOfMemoryError
 
@@ -82,7 +84,46 @@ def test_a_capture_that_fails_ends_its_capture(host):
 
     with pytest.raises(DeviceError, match="no"):
         gpu.capture(fail)
-    assert host.names[-1] == "cudaStreamEndCapture"
+    assert host.names[-3:] == ["cudaStreamEndCapture", "cudaGetLastError", "cudaGraphDestroy"]
+    host.refused = ("cudaStreamEndCapture",)
+    with pytest.raises(DeviceError, match="no"):
+        gpu.capture(fail)
+    assert host.names[-2:] == ["cudaStreamEndCapture", "cudaGetLastError"]
+
+
+def test_a_graph_that_cannot_be_launched_is_destroyed(host):
+    gpu = CudaGpu()
+    host.refused = ("cudaGraphInstantiate",)
+    with pytest.raises(DeviceError, match="CUDA refused cudaGraphInstantiate"):
+        gpu.capture(lambda: None)
+    assert host.names[-3:] == ["cudaGraphInstantiate", "cudaGetLastError", "cudaGraphDestroy"]
+
+
+def test_every_call_is_made_on_its_own_gpu(manifest, host):
+    """Two GPUs in turn in one thread, and one of them in another thread."""
+    gpus = [CudaGpu(index) for index in range(2)]
+
+    def calls_of(gpu, use):
+        host.devices.clear()
+        use(gpu)
+        assert len(host.devices) > 3
+        return {device for name, device in host.devices if name != "cudaSetDevice"}
+
+    def some(gpu):
+        at, event = gpu.allocate(512), gpu.event()
+        gpu.upload(at, gpu.pinned(8))
+        gpu.record(event)
+        gpu.wait(event)
+        gpu.capture(lambda: gpu.clear(contiguous(at, 8)))()
+        gpu.synchronize()
+        gpu.free(at)
+
+    for index in (0, 1, 0):
+        assert calls_of(gpus[index], some) == {index}
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(calls_of, gpus[1], some).result() == {1}
+        for index in (1, 0):
+            assert thread.submit(calls_of, gpus[index], CudaGpu.close).result() == {index}
 
 
 def test_without_cuda_bindings_the_fix_is_named(monkeypatch):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,10 +13,11 @@ from device_schedules import SLOTS, play
 from engine_stand_ins import TRT, StandInContext, StandInEngine, engines
 from mt3_runtime.backends import tensorrt
 from mt3_runtime.backends.device_rows import DeviceOptions, DeviceRows
-from mt3_runtime.backends.fake_gpu import FakeGpu
+from mt3_runtime.backends.fake_gpu import THREAD, FakeGpu
+from mt3_runtime.backends.gpu import DeviceTensor
 from mt3_runtime.backends.tensorrt import TensorRTBackend
 from mt3_runtime.backends.tensorrt_graphs import TYPES, TrtGraphs, check_engine, first_input
-from mt3_runtime.errors import BundleError, DeviceError
+from mt3_runtime.errors import BundleError, DeviceError, OptionError
 from mt3_runtime.gpu_probe import Driver, Gpu
 
 
@@ -34,6 +37,65 @@ def test_engines_are_given_shapes_and_addresses(manifest, eager):
     assert backend.captured
     for (graph, length), engine in graphs.engines.items():
         assert engine.engine.contexts <= (4 if length else 1), graph
+
+
+def test_two_devices_in_turn_and_another_thread(manifest):
+    """TensorRT works on the device that its thread uses."""
+    backends = []
+    for _ in range(2):
+        gpu = FakeGpu()
+        gpu.stream = 7
+        graphs = TrtGraphs(TRT, gpu, engines(gpu, manifest))
+        backends.append(DeviceRows(manifest, gpu, graphs, DeviceOptions(2, chunk=4), device="", provider=""))
+    for seed in range(2):
+        for backend in backends:
+            play(backend, seed, segments=2)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(play, backends[0], 3, segments=2).result()
+    used, close = [], backends[0].graphs.close
+    backends[0].graphs._contexts = SimpleNamespace(clear=lambda: used.append(THREAD.gpu))
+    backends[1].gpu.use()
+    close()
+    assert used == [backends[0].gpu]
+
+
+def test_an_odd_address_is_refused(manifest):
+    gpu = FakeGpu()
+    graphs = TrtGraphs(TRT, gpu, engines(gpu, manifest))
+    with pytest.raises(DeviceError, match="states of cross_kv stands at an address that TensorRT does not take"):
+        graphs.bind("cross_kv", [DeviceTensor("states", "float16", (1, 17, 32), gpu.allocate(4096) + 128)])
+
+
+@pytest.mark.parametrize("made", [False, True], ids=["before its graphs", "after its graphs"])
+def test_what_could_not_be_made_is_given_back(tiny_bundle, monkeypatch, made):
+    closed = []
+
+    class Closing:
+        engines, name, rows, lengths, captures = {}, "", 1, None, True
+
+        def __init__(self, *arguments):
+            self.kind = "graphs" if len(arguments) == 3 else "gpu"
+            if self.kind == "graphs" and not made:
+                raise DeviceError("no room")
+
+        def use(self):
+            pass
+
+        def synchronize(self):
+            closed.append("wait")
+
+        def close(self):
+            closed.append(self.kind)
+
+    monkeypatch.setattr(tensorrt, "import_tensorrt", lambda name: TRT)
+    monkeypatch.setattr(tensorrt, "this_host", lambda *_: SimpleNamespace(gpu="Stand-in"))
+    monkeypatch.setattr(tensorrt, "find_engines", lambda *_, **__: {})
+    monkeypatch.setattr(TensorRTBackend, "_load", lambda *_: ({}, {}))
+    monkeypatch.setattr(tensorrt, "CudaGpu", Closing)
+    monkeypatch.setattr(tensorrt, "TrtGraphs", Closing)
+    with pytest.raises(OptionError if made else DeviceError):
+        TensorRTBackend(tiny_bundle, slots=8)  # more than the rows of its graphs
+    assert closed[: 2 + made] == ["wait", *["graphs"] * made, "gpu"]
 
 
 def test_an_engine_that_is_not_the_graph_is_refused(manifest):

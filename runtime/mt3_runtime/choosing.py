@@ -75,7 +75,7 @@ def choose(wish: Wish) -> Choice:
 
 def _on_cpu(wish: Wish, reason: str) -> Choice:
     if wish.precision not in ("auto", "fp32"):
-        raise DeviceError(f"{wish.precision} needs a GPU, and none can be used: {reason}")
+        raise DeviceError(f"{wish.precision} needs a GPU, and none can be used ({reason}): leave the precision out")
     return replace(_on(replace(wish, device=Device("cpu"))), reason=reason)
 
 
@@ -160,15 +160,17 @@ def make_backend(wish: Wish, precision: Precision, slots: int) -> Backend:
 def try_out(backend: DeviceBackend, manifest: Manifest) -> DeviceBackend:
     """Encode as many segments and launch as many rows as there ever are: what does not work is said before any work.
 
-    Memory that a library takes when it is first needed is taken here, where half as many slots may still be chosen.
+    Memory that a library takes when it is first needed is taken here, where half as many slots may still be chosen:
+    the last positions need the longest caches.
     """
     model, features = manifest.model, manifest.features
     silence = np.zeros((encode_group(manifest, backend.device), features.segment_frames, features.bins), np.float32)
     states = backend.encode(silence)
     backend.admit(0, [states[0][0]] * backend.slots, first_memory(model, backend.slots))
     backend.seed(0, np.full(backend.slots, model.start_token, np.int32))
-    backend.launch(np.zeros(backend.slots, np.int32), backend.chunk)
-    backend.collect()
+    for position in (0, backend.length - 1):
+        backend.launch(np.full(backend.slots, position, np.int32), backend.chunk)
+        backend.collect()
     return backend
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -115,6 +116,6 @@ def spoil(backend: DeviceRows, value: float, skip: int = 0) -> None:
     stage = backend.gpu.pinned(count * SIZES[own.dtype])
     stage[:] = to_device_type(np.full(count, value, np.float32), own.dtype).view(np.uint8)
     offset = skip * width * SIZES[own.dtype]
-    for head in range(layers * slots * heads):
-        backend.gpu.upload(own.address + head * own.stretch + offset, stage)
+    for layer, head in product(range(layers), range(slots * heads)):
+        backend.gpu.upload(own.address + layer * own.layer + head * own.stretch + offset, stage)
     backend.synchronize()

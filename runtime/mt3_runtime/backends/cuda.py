@@ -14,7 +14,7 @@ from __future__ import annotations
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from mt3_runtime.backends.device_rows import DeviceOptions, DeviceRows
+from mt3_runtime.backends.device_rows import DeviceOptions, DeviceRows, give_back
 from mt3_runtime.backends.gpu_memory import INSTALL, CudaGpu
 from mt3_runtime.backends.ort import import_onnxruntime
 from mt3_runtime.errors import BundleError, DeviceError, DeviceLostError, OutOfMemoryError
@@ -32,6 +32,7 @@ PROVIDER, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 CHUNK = 8  # steps; each is captured on its own
 TYPES: dict[DType, str] = {"float32": "float", "float16": "float16", "bfloat16": "bfloat16", "int32": "int32"}
 ELEMENTS: dict[DType, int] = {"float32": 1, "float16": 10, "bfloat16": 16, "int32": 6}  # onnx.TensorProto.DataType
+NO_MEMORY = ("out of memory", "failed to allocate memory", "memoryallocation", "alloc_failed", "allocation_failed")
 STEP = "decode_step"
 # ONNX Runtime computes sizes of tensors on the CPU by design, with these: `session.disable_cpu_ep_fallback` would
 # refuse them too. A captured step may have them, as sizes never change; sums could also be of positions, which do.
@@ -79,13 +80,14 @@ class CudaBackend(DeviceRows):
     ) -> None:
         import_provider()
         gpu = CudaGpu(device_index)
+        graphs: CudaGraphs | None = None
         try:
             graphs = CudaGraphs(bundle, gpu, device_index, precision, capture=capture)
             options = DeviceOptions(slots, length, precision, chunk)
             super().__init__(bundle.manifest, gpu, graphs, options, device=f"cuda:{device_index}", provider=PROVIDER)
             self.capture_problem = graphs.capture_problem
         except BaseException:
-            gpu.close()
+            give_back(gpu, graphs)
             raise
 
 
@@ -199,7 +201,8 @@ def open_session(bundle: Bundle, entry: GraphFile, contract: GraphSpec, provider
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
-        session = ort.InferenceSession(data, options, providers=list(providers))
+        # without its own way back to the CPU, which prints and hides why
+        session = ort.InferenceSession(data, options, providers=list(providers), enable_fallback=0)
     except Exception as error:
         raise run_error(entry.file, error) from error
     wanted = providers[0][0] if isinstance(providers[0], tuple) else providers[0]
@@ -247,7 +250,7 @@ def run_error(what: str, error: Exception) -> DeviceError:
     """The error of this family for one of ONNX Runtime, which has only texts."""
     text = " ".join(str(error).split()) or type(error).__name__
     lower = text.lower()
-    if "out of memory" in lower or "failed to allocate memory" in lower or "cudaerrormemoryallocation" in lower:
+    if any(word in lower for word in NO_MEMORY):
         return OutOfMemoryError(f"the GPU has not enough free memory for {what}: use fewer --slots")
     if any(
         word in lower

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mt3_runtime.backends.device_segments import SegmentsOnDevice, check_memory
-from mt3_runtime.backends.gpu import DeviceTensor, contiguous
+from mt3_runtime.backends.gpu import DeviceTensor, aligned, contiguous
 from mt3_runtime.backends.gpu_buffers import allocate_caches, copy_slots
-from mt3_runtime.errors import DeviceError, DeviceLostError, OptionError, OutOfMemoryError
+from mt3_runtime.errors import DeviceError, DeviceLostError, OptionError
 from mt3_runtime.graphs import HALVES
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class DeviceRows:
         self._gpu, self._graphs, self._capture = gpu, graphs, options.capture and graphs.captures
         self._bound: dict[tuple[int, int, int], Callable[[], None]] = {}  # by rows, length and number of the step
         self._replays: dict[tuple[int, int, int], Callable[[], None] | None] = {}  # by rows, length and steps
-        self._closer = weakref.finalize(self, _give_back, gpu, graphs, self._bound, self._replays)
+        self._closer = weakref.finalize(self, give_back, gpu, graphs, self._bound, self._replays)
         self._prefix, self._memory = model.prefix_length, model.memory
         self._capacity = bucket_of(max(self.slots, 1))
         self._lengths = self._checked_lengths(model.max_length)
@@ -123,8 +124,11 @@ class DeviceRows:
         return [length for length in given if length < positions] + enough[:1]
 
     def _set_up_steps(self) -> None:
-        """T [chunk + 1, capacity], log-probabilities [chunk, capacity] right behind it, positions [chunk, capacity]."""
-        gpu, line = self._gpu, self._capacity * WORD
+        """T [chunk + 1, line], log-probabilities [chunk, line] right behind it, positions [chunk, line].
+
+        A line holds the capacity, and starts where a graph can be bound to it.
+        """
+        gpu, line = self._gpu, aligned(self._capacity * WORD)
         self._line = line
         self._tokens = gpu.allocate((2 * self.chunk + 1) * line)
         self._log_probs = self._tokens + (self.chunk + 1) * line
@@ -221,7 +225,7 @@ class DeviceRows:
         self.seed(0, tokens)
         self.launch(positions, 1)
         found, log_probs = self.collect()
-        return found[0], log_probs[0]
+        return found[0].copy(), log_probs[0].copy()  # they outlive the memory that results come to
 
     @property
     def gpu(self) -> Gpu:
@@ -270,7 +274,7 @@ class DeviceRows:
         """The steps as one command; None, for ever after, if the device refuses to capture them: it only costs time."""
         try:
             replay = self._gpu.capture(lambda: self._run_steps(rows, steps))
-        except (OutOfMemoryError, DeviceLostError):
+        except DeviceLostError:
             raise
         except DeviceError as error:
             self._capture, self.capture_problem = False, str(error)
@@ -302,9 +306,12 @@ class DeviceRows:
         ]
 
 
-def _give_back(gpu: Gpu, graphs: Graphs, *bound: dict[Any, Any]) -> None:
-    """First what runs on the device, then the device."""
+def give_back(gpu: Gpu, graphs: Graphs | None, *bound: dict[Any, Any]) -> None:
+    """First what runs on the device, when it is through, then the device."""
+    with suppress(DeviceError):  # of one that is lost, the rest is given back all the same
+        gpu.synchronize()
     for calls in bound:
         calls.clear()
-    graphs.close()
+    if graphs:
+        graphs.close()
     gpu.close()

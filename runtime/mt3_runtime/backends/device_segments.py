@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mt3_runtime.backends.gpu import SIZES, DeviceTensor, Plane, contiguous, to_device_type
-from mt3_runtime.backends.gpu_buffers import Pool, Uploads
+from mt3_runtime.backends.gpu import ALIGNMENT, SIZES, DeviceTensor, Plane, aligned, contiguous, to_device_type
+from mt3_runtime.backends.gpu_buffers import Caches, Pool, Uploads
 from mt3_runtime.backends.ort import without_fill
 from mt3_runtime.errors import OptionError
 from mt3_runtime.graphs import FEATURES, HALVES
@@ -17,7 +17,7 @@ from mt3_runtime.graphs import FEATURES, HALVES
 if TYPE_CHECKING:
     from mt3_runtime.arrays import FloatArray, IntArray, RowStates
     from mt3_runtime.backends.gpu import Gpu, Graphs
-    from mt3_runtime.backends.gpu_buffers import Block, Caches
+    from mt3_runtime.backends.gpu_buffers import Block
     from mt3_runtime.graphs import Precision
     from mt3_runtime.manifest import Manifest
     from mt3_runtime.specs import MemorySpec
@@ -39,6 +39,7 @@ class SegmentsOnDevice:
         self._gpu, self._graphs, self._type = gpu, graphs, HALVES[precision]
         self._contracts = {spec.name: spec.typed(precision) for spec in manifest.contracts}
         self._memory, self._prefix = model.memory, model.prefix_length
+        self._cross_names = self._contracts["cross_kv"].output_names
         self._channels, self._state = model.channels, (features.segment_frames, model.d_model)
         self._features = (features.segment_frames, features.bins)
         self.uploads, self._pool = Uploads(gpu), Pool(gpu)
@@ -47,9 +48,10 @@ class SegmentsOnDevice:
             self._vector = (self._memory.length, model.d_model)
             self._told = gpu.allocate(self._memory.span * SIZES["int32"])
             self._vectors = gpu.allocate(rows * self._bytes(self._vector))
+            self._written = gpu.allocate(self._bytes(self._vector))
         if self._prefix:
             self._before = (model.num_heads, self._prefix, model.d_kv)
-            self._prefixes = gpu.allocate(2 * model.decoder_layers * rows * self._bytes(self._before))
+            self._prefixes = gpu.allocate(2 * model.decoder_layers * aligned(rows * self._bytes(self._before)))
 
     @property
     def takes_audio(self) -> bool:
@@ -74,15 +76,28 @@ class SegmentsOnDevice:
         return states
 
     def fill(self, cross: Caches, own: Caches, first: int, states: RowStates, memory: IntArray | None) -> None:
-        """Write what rows attend to straight into slots first, first+1, ..., and the prefix of their own caches."""
+        """Write what rows attend to straight into slots first, first+1, ..., and the prefix of their own caches.
+
+        Where a slot starts at an address that no graph can be bound to, it is written elsewhere and then copied.
+        """
         count = len(states)
-        inputs = [DeviceTensor("states", self._type, (count, *self._state), self._gather(states))]
+        given = [DeviceTensor("states", self._type, (count, *self._state), self._gather(states))]
         vectors = [] if memory is None or not self._memory else [self._recall(memory, self._memory)]
-        contract = self._contracts["cross_kv"]
-        caches = cross.tensors(contract.output_names, first, count)
-        self._graphs.bind("cross_kv", [*inputs, *([] if self._prefix else vectors), *caches])()
+        if not self._prefix:
+            given += vectors
+        if first * cross.row % ALIGNMENT == 0:
+            written = cross.tensors(self._cross_names, first, count)
+            self._graphs.bind("cross_kv", [*given, *written])()
+        else:
+            aside = Caches(0, cross.dtype, (cross.shape[0], count, *cross.shape[2:]))
+            block = self._pool.take(aside.size)  # free when this returns: what uses it was asked for by then
+            aside = replace(aside, address=block.address)
+            written, source = aside.tensors(self._cross_names, 0, count), aside.rows(0, count)
+            self._graphs.bind("cross_kv", [*given, *written])()
+            self._gpu.copy(cross.rows(first, count), source.address, source.pitch)
         if self._prefix:
-            self._fill_prefix(own, first, count, [*vectors, *cross.tensors(self._prefix_inputs(), first, count)])
+            inputs = zip(self._contracts["prefix"].input_names[1:], written, strict=True)
+            self._fill_prefix(own, first, count, [*vectors, *(replace(held, name=name) for name, held in inputs)])
 
     def _upload(self, array: FloatArray) -> Block:
         """An array of float32 on the device."""
@@ -124,7 +139,7 @@ class SegmentsOnDevice:
             return self._gathered
         places, block = [state.address for state in states], states[0].block
         neighbours = places == list(range(places[0], places[0] + len(places) * size, size))
-        if neighbours and all(state.block is block for state in states):
+        if neighbours and places[0] % ALIGNMENT == 0 and all(state.block is block for state in states):
             return int(places[0])
         for row, address in enumerate(places):
             self._gpu.copy(contiguous(self._gathered + row * size, size), address, size)
@@ -137,17 +152,15 @@ class SegmentsOnDevice:
             tokens = without_fill(told, spec)
             self.uploads.send(np.asarray(tokens, np.int32), self._told)
             given = DeviceTensor("tokens", "int32", (1, len(tokens)), self._told)
-            vectors = DeviceTensor("memory", self._type, (1, *self._vector), self._vectors + row * size)
+            vectors = DeviceTensor("memory", self._type, (1, *self._vector), self._written)
             self._graphs.bind("memory", [given, vectors])()
+            self._gpu.copy(contiguous(self._vectors + row * size, size), self._written, size)
         return DeviceTensor("memory", self._type, (len(memory), *self._vector), self._vectors)
-
-    def _prefix_inputs(self) -> list[str]:
-        return self._contracts["prefix"].input_names[1:]
 
     def _fill_prefix(self, own: Caches, first: int, count: int, inputs: list[DeviceTensor]) -> None:
         """Write the first positions of the rows' own caches, a stretch that the graph cannot write in place."""
         names = self._contracts["prefix"].output_names
-        shape, stride = (count, *self._before), count * self._bytes(self._before)
+        shape, stride = (count, *self._before), aligned(count * self._bytes(self._before))
         outputs = [DeviceTensor(name, self._type, shape, self._prefixes + i * stride) for i, name in enumerate(names)]
         self._graphs.bind("prefix", [*inputs, *outputs])()
         width = self._bytes(self._before[1:])

@@ -7,13 +7,14 @@ checked against what was allocated. Captured commands keep the addresses that th
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mt3_runtime.backends.device_rows import DeviceOptions, DeviceRows
-from mt3_runtime.backends.gpu import SIZES
+from mt3_runtime.backends.gpu import ALIGNMENT, SIZES
 from mt3_runtime.backends.ort import import_onnxruntime, open_session
 from mt3_runtime.errors import OutOfMemoryError
 from mt3_runtime.graphs import FEATURES
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from mt3_runtime.bundle import Bundle
 
 POISON = 0xFF  # NaN in every type of float, -1 in every type of integer
-ALIGNMENT = 64  # bytes
 NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "int32": np.int32}
+THREAD = threading.local()  # `gpu`: the one that this thread uses
 
 
 class FakeEvent:
@@ -54,6 +55,10 @@ class FakeGpu:
         self._starts: list[int] = []  # of what is allocated, rising
         self._pinned: list[NDArray[np.uint8]] = []
         self._graveyard: list[NDArray[np.uint8]] = []  # so that no address comes twice
+
+    def use(self) -> None:
+        """See `Gpu.use`."""
+        THREAD.gpu = self
 
     @property
     def allocated(self) -> int:
@@ -154,6 +159,8 @@ class FakeGpu:
     def close(self) -> None:
         """See `Gpu.close`."""
         self._queue.clear()
+        for memory in self._pinned:
+            memory.fill(POISON)
         self.done = self.asked
         for address in list(self._memory):
             self.free(address)
@@ -191,7 +198,12 @@ class FakeGpu:
         while self.done < commands:
             command = self._queue.pop(0)
             self.done += 1
-            command()
+            try:
+                command()
+            except BaseException:
+                self._queue.clear()  # a device that failed does nothing any more
+                self.done = self.asked
+                raise
 
     def _insist_not_capturing(self) -> None:
         insist(self._recording is None, "this call cannot be captured")
@@ -222,6 +234,8 @@ class FakeGraphs:
 
     def bind(self, graph: str, tensors: Sequence[DeviceTensor]) -> Callable[[], None]:
         """See `Graphs.bind`."""
+        for tensor in tensors:
+            insist(tensor.address % ALIGNMENT == 0, f"{tensor.name} of {graph} stands at an odd address")
         function = self._functions[graph]
         return lambda: self._gpu.run(lambda: function({tensor.name: self._gpu.array(tensor) for tensor in tensors}))
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from mt3_runtime.graphs import DType
 
 SIZES: dict[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}  # bytes
+# Of what a graph is bound to, in bytes: TensorRT takes nothing else (setTensorAddress in NvInferRuntime.h).
+ALIGNMENT = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,11 @@ class Gpu(Protocol):
 
     name: str
 
+    def use(self) -> None:
+        """Make this the device of the calling thread: libraries that are called directly work on that one."""
+
     def allocate(self, size: int) -> int:
-        """Address of `size` bytes with anything in them.
+        """Address of `size` bytes with anything in them, a multiple of `ALIGNMENT`.
 
         Raises:
             OutOfMemoryError: there are not so many.
@@ -110,10 +115,18 @@ class Graphs(Protocol):
     rows: int | None
 
     def bind(self, graph: str, tensors: Sequence[DeviceTensor]) -> Callable[[], None]:
-        """A function that asks the device to run `graph` once on these tensors; outputs left out are not wanted."""
+        """A function that asks the device to run `graph` once on these tensors; outputs left out are not wanted.
+
+        All addresses must be multiples of `ALIGNMENT`.
+        """
 
     def close(self) -> None:
         """Give up what the graphs hold."""
+
+
+def aligned(size: int) -> int:
+    """The smallest multiple of `ALIGNMENT` that is not less."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def contiguous(address: int, size: int) -> Plane:

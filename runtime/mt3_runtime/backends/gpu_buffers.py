@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mt3_runtime.backends.gpu import SIZES, DeviceTensor, Plane
+from mt3_runtime.backends.gpu import SIZES, DeviceTensor, Plane, aligned
 from mt3_runtime.errors import OutOfMemoryError
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ class Uploads:
 class Caches:
     """Keys of every layer, then values of every layer, for all slots: [2 * layers, slots, heads, length, width].
 
-    In one piece, so that one command reaches a slot's stretch in all of them.
+    In one piece, so that one command reaches a slot's stretch in all of them; every layer starts at an address that a
+    graph can be bound to.
     """
 
     address: int
@@ -110,7 +111,12 @@ class Caches:
     @property
     def size(self) -> int:
         """Bytes of all."""
-        return prod(self.shape) * SIZES[self.dtype]
+        return self.shape[0] * self.layer
+
+    @property
+    def layer(self) -> int:
+        """Bytes from one layer's keys or values to the next one's."""
+        return aligned(self.shape[1] * self.row)
 
     @property
     def row(self) -> int:
@@ -124,25 +130,23 @@ class Caches:
 
     def tensors(self, names: Sequence[str], first: int, count: int) -> list[DeviceTensor]:
         """Slots first..first+count-1 of every layer [count, heads, length, width], under these names."""
-        layers, slots, *rest = self.shape
+        layers, _, *rest = self.shape
         if len(names) != layers:
             raise AssertionError(f"{layers} caches have {len(names)} names")
         start = self.address + first * self.row
         return [
-            DeviceTensor(name, self.dtype, (count, *rest), start + layer * slots * self.row)
+            DeviceTensor(name, self.dtype, (count, *rest), start + layer * self.layer)
             for layer, name in enumerate(names)
         ]
 
     def rows(self, first: int, count: int) -> Plane:
         """Slots first..first+count-1 in every layer."""
-        layers, slots = self.shape[:2]
-        return Plane(self.address + first * self.row, slots * self.row, count * self.row, layers)
+        return Plane(self.address + first * self.row, self.layer, count * self.row, self.shape[0])
 
 
 def allocate_caches(gpu: Gpu, dtype: DType, shape: tuple[int, int, int, int, int]) -> Caches:
     """Caches with zeros in them: what was never written must not be NaN, which would reach what it is multiplied by."""
-    size = prod(shape) * SIZES[dtype]
-    caches = Caches(gpu.allocate(size), dtype, shape)
+    caches = Caches(gpu.allocate(Caches(0, dtype, shape).size), dtype, shape)
     gpu.clear(caches.rows(0, shape[1]))
     return caches
 

@@ -72,10 +72,9 @@ class CudaGpu:
         self._pinned: list[int] = []
         self._events: list[Any] = []
         self._graphs: list[Any] = []
-        count = self._call("cudaGetDeviceCount")
+        count = self._checked("cudaGetDeviceCount")
         if not 0 <= index < count:
             raise DeviceError(f"there is no GPU {index}, only {count}: use --device cuda:0 to cuda:{count - 1}")
-        self._call("cudaSetDevice", index)
         properties = self._call("cudaGetDeviceProperties", index)
         self.name = str(properties.name.split(b"\0")[0].decode())
         self.capability = int(properties.major), int(properties.minor)
@@ -92,6 +91,10 @@ class CudaGpu:
     def free_memory(self) -> int:
         """Bytes that nobody on this GPU uses."""
         return int(self._call("cudaMemGetInfo")[0])
+
+    def use(self) -> None:
+        """See `Gpu.use`."""
+        self._checked("cudaSetDevice", self._index)
 
     def allocate(self, size: int) -> int:
         """See `Gpu.allocate`."""
@@ -157,23 +160,27 @@ class CudaGpu:
         try:
             enqueue()
         except BaseException:
-            self._cuda.cudaStreamEndCapture(self._stream)  # what it says is a consequence of the error under way
+            self._abandon_capture()
             raise
         graph = self._call("cudaStreamEndCapture", self._stream)
-        executable = self._call("cudaGraphInstantiate", graph, 0)
-        self._call("cudaGraphDestroy", graph)
+        try:
+            executable = self._call("cudaGraphInstantiate", graph, 0)
+        finally:
+            self._cuda.cudaGraphDestroy(graph)
         self._graphs.append(executable)
         return lambda: self._call("cudaGraphLaunch", executable, self._stream)
 
     def synchronize(self) -> None:
         """See `Gpu.synchronize`."""
-        self._call("cudaStreamSynchronize", self._stream)
+        if self._stream is not None:
+            self._call("cudaStreamSynchronize", self._stream)
 
     def close(self) -> None:
         """See `Gpu.close`; errors are left to whoever uses the GPU next, as the process may be ending for one."""
         if self._stream is None:
             return
         cuda = self._cuda
+        cuda.cudaSetDevice(self._index)
         cuda.cudaStreamSynchronize(self._stream)
         for destroy, things in (
             (cuda.cudaGraphExecDestroy, self._graphs),
@@ -186,7 +193,19 @@ class CudaGpu:
                 destroy(thing)
         self._graphs, self._events, self._pinned, self._allocated, self._stream = [], [], [], set(), None
 
+    def _abandon_capture(self) -> None:
+        """End a capture whose commands failed; what CUDA says to that is a consequence of the error under way."""
+        _, graph = self._cuda.cudaStreamEndCapture(self._stream)
+        self._cuda.cudaGetLastError()  # or a later call would report it
+        if graph is not None and int(graph):
+            self._cuda.cudaGraphDestroy(graph)
+
     def _call(self, name: str, *arguments: Any) -> Any:
+        """What a call returns, made on this GPU: CUDA has one current device a thread, which others change too."""
+        self.use()
+        return self._checked(name, *arguments)
+
+    def _checked(self, name: str, *arguments: Any) -> Any:
         error, *results = getattr(self._cuda, name)(*arguments)
         if error != self._cuda.cudaError_t.cudaSuccess:
             raise cuda_error(error.name, name, self._cuda)

@@ -6,7 +6,7 @@ import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
-from mt3_runtime.backends.device_rows import DeviceOptions, DeviceRows, bucket_of
+from mt3_runtime.backends.device_rows import DeviceOptions, DeviceRows, bucket_of, give_back
 from mt3_runtime.backends.gpu_memory import CudaGpu
 from mt3_runtime.backends.tensorrt_graphs import TrtGraphs, load_engine
 from mt3_runtime.engine_cache import EngineCache
@@ -58,7 +58,9 @@ class TensorRTBackend(DeviceRows):
         host = this_host(name, trt, device_index)
         found = find_engines(self._cache, bundle, host, precision, rows=bucket_of(max(slots, 1)), profile=profile)
         gpu = CudaGpu(device_index)
+        graphs: TrtGraphs | None = None
         try:
+            gpu.use()
             self._entries, engines = self._load(trt, bundle, found, precision, host)
             self._gpu_key = RUNTIME_CACHE.format(gpu=host.gpu)
             graphs = TrtGraphs(trt, gpu, engines)
@@ -68,7 +70,7 @@ class TensorRTBackend(DeviceRows):
             # made after that of `DeviceRows`, and so called before it
             self._saver = weakref.finalize(self, _save, self._cache, self._gpu_key, self._entries, graphs)
         except BaseException:
-            gpu.close()
+            give_back(gpu, graphs)
             raise
 
     def _load(

@@ -6,11 +6,12 @@ run on a GPU in the test suite.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from mt3_runtime.backends.gpu import SIZES, DeviceTensor
+from mt3_runtime.backends.gpu import ALIGNMENT, SIZES, DeviceTensor
 from mt3_runtime.errors import BundleError, DeviceError, OutOfMemoryError
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ class TrtGraphs:
 
     def bind(self, graph: str, tensors: Sequence[DeviceTensor]) -> Callable[[], None]:
         """See `Graphs.bind`."""
+        if odd := [tensor.name for tensor in tensors if tensor.address % ALIGNMENT]:
+            raise DeviceError(f"{odd[0]} of {graph} stands at an address that TensorRT does not take: report it")
         length = next(tensor.shape[2] for tensor in tensors if tensor.name == "self_key.0") if graph == STEP else None
         name = graph, length
         engine = self.engines[name].engine
@@ -87,6 +90,7 @@ class TrtGraphs:
                 places[tensor] = self._place_for(name, tensor, context)
 
         def run() -> None:
+            self._gpu.use()
             if graph != STEP:
                 self._set_shapes(graph, context, inputs)
             for tensor, address in places.items():
@@ -99,11 +103,14 @@ class TrtGraphs:
 
     def close(self) -> None:
         """See `Graphs.close`."""
+        with suppress(DeviceError):
+            self._gpu.use()
         self._contexts.clear()
         self.engines.clear()
 
     def _context(self, name: EngineName, rows: int) -> Any:
         if (name, rows) not in self._contexts:
+            self._gpu.use()
             engine = self.engines[name]
             strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
             context = engine.engine.create_execution_context(engine.config or strategy)
