@@ -46,6 +46,18 @@ def admissions_of(backend, key):
     return sum(call.keys.count(key) for call in backend.calls if isinstance(call, Admitted))
 
 
+def give_up_and_begin_anew(make, results):
+    """Close a decoding after so many results: the same backend then decodes all rows whole."""
+    scripts = {key: script(key, 4 + 7 * key % 5) for key in range(9)}
+    backend = make(scripts)
+    stream = decode_rows(backend, map(row, scripts), RULES)
+    for _ in range(results):
+        next(stream)
+    stream.close()
+    for key, decoded in decode(backend, list(scripts)[::-1]).items():
+        check(decoded, scripts[key][:-1], "ended")
+
+
 def follow(backend, steps, count):
     """Step slots 0..count-1 from their start: tokens and log-probabilities [rows, steps]."""
     tokens, chosen = np.zeros(count, np.int32), []

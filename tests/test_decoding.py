@@ -7,7 +7,18 @@ import math
 import numpy as np
 import pytest
 
-from decoding_cases import END, RULES, START, admissions_of, check, decode, positions_of, row, script
+from decoding_cases import (
+    END,
+    RULES,
+    START,
+    admissions_of,
+    check,
+    decode,
+    give_up_and_begin_anew,
+    positions_of,
+    row,
+    script,
+)
 from mt3_runtime.backends.scripted import Admitted, Moved, ScriptedBackend, Stepped
 from mt3_runtime.decoding import DecodingRules, Row, decode_rows
 from mt3_runtime.errors import OptionError
@@ -269,14 +280,7 @@ def test_what_was_yielded_does_not_change_afterwards():
 
 @pytest.mark.parametrize("results", range(5))
 def test_a_stream_closed_early_leaves_the_backend_usable(results):
-    scripts = {key: script(key, 4 + 7 * key % 5) for key in range(9)}
-    backend = ScriptedBackend(scripts, slots=4)
-    stream = decode_rows(backend, map(row, scripts), RULES)
-    for _ in range(results):
-        next(stream)
-    stream.close()
-    for key, decoded in decode(backend, list(scripts)[::-1]).items():
-        check(decoded, scripts[key][:-1], "ended")
+    give_up_and_begin_anew(lambda scripts: ScriptedBackend(scripts, slots=4), results)
 
 
 def test_an_error_in_the_source_of_rows_comes_out_and_leaves_the_backend_usable():

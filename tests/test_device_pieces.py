@@ -11,7 +11,7 @@ from mt3_runtime.bench_lengths import bench_lengths
 from mt3_runtime.errors import DeviceError, DeviceLostError, OutOfMemoryError
 from mt3_runtime.transcriber import Transcriber
 from scripted_audio import RATE, Listener, levels, listener, write
-from test_live import blocks_of, scripts
+from test_live import scripts, side_by_side
 from test_song_memory import memories, memory_bundle, order  # noqa: F401
 from test_song_memory import scripts as song_scripts
 
@@ -77,21 +77,7 @@ def test_live_streams_side_by_side(tiny_bundle, chunk):
     songs = {name: range(1 + 6 * at, 7 + 6 * at - at) for at, name in enumerate("abcdef")}
     audio = {name: levels(tiny_bundle, numbers) for name, numbers in songs.items()}
     device, steps = on_device(tiny_bundle, scripts(), chunk), listener(tiny_bundle, scripts())
-    found = {name: [] for name in songs}
-    with device.live() as live:
-        sources = {name: blocks_of(samples, seed=index) for index, (name, samples) in enumerate(audio.items())}
-        for name in songs:
-            live.open(name, RATE)
-        while sources or not live.is_idle:
-            for name in list(sources):
-                block = next(sources[name], None)
-                if block is None:
-                    live.end(name)
-                    del sources[name]
-                else:
-                    live.feed(name, block)
-            for name, segment in live.advance():
-                found[name].append(segment)
+    found = side_by_side(device, audio)
     for name, samples in audio.items():
         assert told(found[name]) == told(steps.iter_segments(samples, RATE))
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from decoding_cases import END, RULES, START, check, decode, row, script
+from decoding_cases import END, RULES, START, check, decode, give_up_and_begin_anew, row, script
 from mt3_runtime.backends.scripted import Admitted, ScriptedBackend
 from mt3_runtime.backends.scripted_device import Collected, Launched, ScriptedDevice
 from mt3_runtime.decoding import DecodingRules, Row, RowDecoder, decode_rows
@@ -103,14 +103,7 @@ def test_rows_come_back_as_they_end():
 @pytest.mark.parametrize("results", range(5))
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_decoding_that_was_given_up_leaves_the_device_usable(results, chunk):
-    scripts = {key: script(key, 4 + 7 * key % 5) for key in range(9)}
-    backend = ScriptedDevice(scripts, slots=4, chunk=chunk)
-    stream = decode_rows(backend, map(row, scripts), RULES)
-    for _ in range(results):
-        next(stream)
-    stream.close()
-    for key, decoded in decode(backend, list(scripts)[::-1]).items():
-        check(decoded, scripts[key][:-1], "ended")
+    give_up_and_begin_anew(lambda scripts: ScriptedDevice(scripts, slots=4, chunk=chunk), results)
 
 
 # ---- what it costs ----------------------------------------------------------------------------------------

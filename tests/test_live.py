@@ -145,20 +145,12 @@ def test_too_little_audio_is_refused_as_it_is_offline(tiny_bundle):
             list(busy.stream(blocks, RATE))
 
 
-# ---- many streams ---------------------------------------------------------------------------------------
-
-
-def test_streams_fill_the_slots_side_by_side(tiny_bundle):
-    """Six streams in random blocks, three slots: each as if alone, in order, and the slots are full."""
-    songs = {name: range(1 + 6 * at, 7 + 6 * at - at) for at, name in enumerate("abcdef")}
-    audio = {name: levels(tiny_bundle, numbers) for name, numbers in songs.items()}
-    busy = listener(tiny_bundle, scripts(), slots=3)
-    whole = {name: list(busy.iter_segments(samples, RATE)) for name, samples in audio.items()}
-    busy.backend.calls.clear()
-    found = {name: [] for name in songs}
-    with busy.live() as live:
+def side_by_side(transcriber, audio):
+    """The segments of streams by name, all of them fed in random blocks in turn."""
+    found = {name: [] for name in audio}
+    with transcriber.live() as live:
         sources = {name: blocks_of(samples, seed=index) for index, (name, samples) in enumerate(audio.items())}
-        for name in songs:
+        for name in audio:
             live.open(name, RATE)
         while sources or not live.is_idle:
             for name in list(sources):
@@ -170,6 +162,20 @@ def test_streams_fill_the_slots_side_by_side(tiny_bundle):
                     live.feed(name, block)
             for name, segment in live.advance():
                 found[name].append(segment)
+    return found
+
+
+# ---- many streams ---------------------------------------------------------------------------------------
+
+
+def test_streams_fill_the_slots_side_by_side(tiny_bundle):
+    """Six streams in random blocks, three slots: each as if alone, in order, and the slots are full."""
+    songs = {name: range(1 + 6 * at, 7 + 6 * at - at) for at, name in enumerate("abcdef")}
+    audio = {name: levels(tiny_bundle, numbers) for name, numbers in songs.items()}
+    busy = listener(tiny_bundle, scripts(), slots=3)
+    whole = {name: list(busy.iter_segments(samples, RATE)) for name, samples in audio.items()}
+    busy.backend.calls.clear()
+    found = side_by_side(busy, audio)
     for name in songs:
         assert [(s.index, s.start, s.notes, s.status, s.is_last) for s in found[name]] == [
             (s.index, s.start, s.notes, s.status, s.is_last) for s in whole[name]
