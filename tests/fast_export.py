@@ -5,7 +5,7 @@ What it writes is what a full export writes, to the byte, in a hundredth of the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import onnx
@@ -55,6 +55,6 @@ class FastExport:
 
         return mock.patch.multiple(bundle_writer, build_modules=build, trace=lambda _, spec: self.trace(lowering, spec))
 
-    def __call__(self, output: Path, **options: str) -> Path:
+    def __call__(self, output: Path, **options: Any) -> Path:
         with self.patched():
             return bundle_writer.export_bundle(self.checkpoint, output, **options)

@@ -21,7 +21,7 @@ import numpy as np
 
 from bundle_cases import check_all
 from fast_export import FastExport
-from mt3_export import bundle_writer, weights_file
+from mt3_export import bundle_folder, bundle_writer, weights_file
 from mt3_runtime.errors import BundleError, Mt3Error
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     Export = Callable[[Path], object]
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.scandir", "os.listdir", "shutil.rmtree", "fcntl.flock"}
-TRACED = {bundle_writer.__file__, weights_file.__file__}
+TRACED = {bundle_folder.__file__, bundle_writer.__file__, weights_file.__file__}
 
 
 def in_child(work: Callable[[], object]) -> int:
@@ -125,7 +125,7 @@ def outcome(work: Path, reference: Path) -> str:
         # killed after its manifest was written, but before it was renamed, one is whole
         fine = all(is_copy(path, reference) or not is_whole(path) for path in leftovers)
         result = ("leftover" if fine else "broken") if leftovers else "nothing"
-    bundle_writer.remove_leftovers(new)
+    bundle_folder.remove_leftovers(new)
     if not is_whole(old) or [path.name for path in work.iterdir()] != ["old"]:
         result = "damage"
     return result

@@ -18,7 +18,7 @@ import pytest
 from bundle_cases import check_all
 from conftest import TINY_FEATURES, TINY_MODEL
 from fast_export import FastExport
-from mt3_export import bundle_writer
+from mt3_export import bundle_folder, bundle_writer
 from mt3_export.onnx_graph import _check_contract
 from mt3_runtime.bundle import open_bundle
 from mt3_runtime.errors import BundleError, OptionError, OutputError
@@ -150,7 +150,7 @@ def test_a_folder_that_cannot_be_synced_is_no_failure(fast, place, monkeypatch, 
 
 
 def test_a_file_system_without_locks_is_no_failure(fast, place, monkeypatch, tiny_folder):
-    monkeypatch.setattr(bundle_writer.fcntl, "flock", failing(None, errno.ENOLCK, 0))
+    monkeypatch.setattr(bundle_folder.fcntl, "flock", failing(None, errno.ENOLCK, 0))
     (place / ".new.0123456789ab.partial").mkdir()
     fast(place / "new")
     assert contents(place / "new") == contents(tiny_folder)
@@ -184,7 +184,7 @@ def test_interrupted(fast, place, monkeypatch, error):
     def interrupt(*_):
         raise error
 
-    monkeypatch.setattr(bundle_writer, "_record", interrupt)
+    monkeypatch.setattr(bundle_folder, "_record", interrupt)
     with pytest.raises(error if isinstance(error, type) else type(error)):
         fast(place / "new")
     assert [path.name for path in place.iterdir()] == ["old"]
@@ -264,7 +264,7 @@ def test_of_two_exports_at_once_one_wins(fast, place, tiny_folder):
         assert contents(place / "new") == contents(tiny_folder)
 
     def first():
-        with bundle_writer._new_folder(place / "new") as folder:
+        with bundle_folder.new_folder(place / "new") as folder:
             second(folder)
 
     with pytest.raises(OutputError, match="Directory not empty"):

@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import glob
-import hashlib
-import os
-import secrets
-import shutil
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import metadata
 from itertools import product
@@ -16,27 +9,18 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from mt3_export.bundle_folder import finish, new_folder, records
 from mt3_export.features_graph import trace_features
 from mt3_export.lowering import LOWERINGS, Cuda, TensorRT
 from mt3_export.network import build_modules
 from mt3_export.onnx_graph import PREFIX, for_cuda, trace
 from mt3_export.precision import PLANS, checked_precisions
+from mt3_export.quantize_bundle import write_quantized
 from mt3_export.state import printable
 from mt3_export.weights_file import WeightsFile, stored_weights
-from mt3_runtime.errors import BundleError, OptionError, OutputError
-from mt3_runtime.graphs import FEATURES, graph_specs
-from mt3_runtime.manifest import (
-    FORMAT,
-    MANIFEST_LIMIT,
-    MANIFEST_NAME,
-    VERSION,
-    FileRecord,
-    GraphFile,
-    Manifest,
-    Origin,
-    read_manifest,
-    write_manifest,
-)
+from mt3_runtime.errors import BundleError, OptionError
+from mt3_runtime.graphs import FEATURES, QUANTIZED, graph_specs
+from mt3_runtime.manifest import FORMAT, VERSION, GraphFile, Manifest, Origin
 from mt3_runtime.specs import VocabularySpec
 from mt3_runtime.version import __version__
 
@@ -81,9 +65,8 @@ def export_bundle(
         )
     if not notice.isprintable():
         raise OptionError("the notice holds a line break or a control character: give one line of text")
-    with _new_folder(output) as folder:
+    with new_folder(output) as folder:
         graphs = _write_graphs(checkpoint, folder, checked_precisions(precisions), weights_storage)
-        files = {path.name: _record(path) for path in sorted(folder.iterdir())}
         origin = Origin(
             checkpoint=printable(checkpoint.source),
             checkpoint_sha256=checkpoint.sha256,
@@ -100,16 +83,10 @@ def export_bundle(
             vocabulary=VOCABULARIES[checkpoint.model.family],
             contracts=_contracts(checkpoint, graphs),
             graphs=graphs,
-            files=files,
+            files=records(folder),
             origin=origin,
         )
-        text = write_manifest(manifest)
-        if len(text) > MANIFEST_LIMIT:
-            raise BundleError(
-                f"the manifest would take {len(text)} bytes, more than {MANIFEST_LIMIT}: shorten the notice"
-            )
-        read_manifest(text)  # what no runtime would read is not written
-        (folder / MANIFEST_NAME).write_bytes(text)
+        finish(folder, manifest)
     return output
 
 
@@ -119,12 +96,16 @@ def _write_graphs(
     tensors = stored_weights(checkpoint.tensors, storage)  # rounded before anything is folded, as `verify` does
     rounded = replace(checkpoint, tensors=tensors)
     entries: list[GraphFile] = []
-    for precision in precisions:
-        written = _lowerings(precision, alone=len(precisions) == 1)
+    traced = [precision for precision in precisions if precision not in QUANTIZED]
+    for precision in traced:
+        written = _lowerings(precision, alone=len(traced) == 1)
         its_storage: WeightsStorage = storage if precision == "fp32" else "fp32"  # halves are stored as they are
         entries += _write_precision(rounded, folder, precision, written, its_storage)
-    if len(precisions) > 1:
-        entries += _write_features(checkpoint.features, folder, precisions)
+    for precision in QUANTIZED:
+        if precision in precisions:
+            entries += write_quantized(folder, entries, precision)
+    if len(traced) > 1:
+        entries += _write_features(checkpoint.features, folder, traced)
     return tuple(entries)
 
 
@@ -178,83 +159,3 @@ def _write_precision(
                 yield GraphFile(name, lowering, precision, file, weights.name)
     finally:
         weights.close()
-
-
-def _record(path: Path) -> FileRecord:
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return FileRecord(path.stat().st_size, digest)
-
-
-@contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder that takes the name `output` when the block ends well, and vanishes when it does not."""
-    temporary = output.parent / f".{output.name}.{secrets.token_hex(6)}.partial"
-    try:
-        check_output(output)
-        remove_leftovers(output)
-        temporary.mkdir()
-        with _claim(temporary):
-            yield temporary
-            _sync(*temporary.iterdir(), temporary)
-            temporary.rename(output)
-            with suppress(OSError):  # some disks refuse, and the bundle is whole either way
-                _sync(output.parent)
-    except OutputError:
-        raise
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {output} ({error.strerror}): free some space or choose another --output"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_output(output: Path) -> None:
-    """Raise OutputError if a bundle cannot be created at `output`."""
-    if output.exists() or output.is_symlink():
-        raise OutputError(f"{output} exists already: remove it, or choose another --output")
-    if not output.parent.is_dir():
-        raise OutputError(f"folder {output.parent} does not exist: create it, or choose another --output")
-
-
-def remove_leftovers(output: Path) -> None:
-    """Remove what killed exports of the same name left behind; what is still being written stays."""
-    for path in output.parent.glob(f".{glob.escape(output.name)}.{'[0-9a-f]' * 12}.partial"):
-        with suppress(OSError), _claim(path) as claimed:
-            if claimed:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _claim(folder: Path) -> Iterator[bool]:
-    """Hold the folder's lock, which ends with the process; False where the file system has no locks.
-
-    Raises:
-        OSError: somebody else holds it, or it is not a folder.
-    """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        yield _lock(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        return False
-    return True
-
-
-def _sync(*paths: Path) -> None:
-    """Have files and folders on the disk before the next name points at them."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

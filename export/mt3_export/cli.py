@@ -42,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mt3-runtime {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_bundle(commands)
+    _add_quantize(commands)
     _add_verify(commands)
     _add_inspect(commands)
     _add_fetch(commands)
@@ -79,11 +80,25 @@ def _add_bundle(commands: Commands) -> None:
         type=lambda text: text.split(","),
         default=["fp32"],
         metavar="LIST",
-        help="what the graphs compute in, with commas: fp32 (always), fp16, bf16 (for devices only)",
+        help="with commas: fp32 (always); fp16, bf16 (for GPUs); int8, w8, w4 (for the CPU)",
     )
     parser.add_argument("--weights", choices=("fp32", "fp16"), default="fp32", help="how matrices are stored")
     parser.add_argument("--notice", default="", help="a line shown to everyone who uses the bundle")
     parser.set_defaults(command=_bundle)
+
+
+def _add_quantize(commands: Commands) -> None:
+    parser = commands.add_parser("quantize", help="add graphs of 8 or 4 bits to a bundle; needs no checkpoint")
+    parser.add_argument("bundle", type=Path, metavar="DIR")
+    parser.add_argument(
+        "--precision",
+        type=lambda text: text.split(","),
+        default=["int8"],
+        metavar="LIST",
+        help="with commas: int8 (all products), w8, w4 (the decoder's); default: int8",
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to create")
+    parser.set_defaults(command=_quantize)
 
 
 def _add_verify(commands: Commands) -> None:
@@ -151,7 +166,8 @@ def _load(arguments: argparse.Namespace) -> Checkpoint:
 
 
 def _bundle(arguments: argparse.Namespace) -> int:
-    from mt3_export.bundle_writer import check_output, export_bundle  # noqa: PLC0415
+    from mt3_export.bundle_folder import check_output  # noqa: PLC0415
+    from mt3_export.bundle_writer import export_bundle  # noqa: PLC0415
     from mt3_export.precision import checked_precisions  # noqa: PLC0415
 
     check_output(arguments.output)  # before the work
@@ -165,6 +181,15 @@ def _bundle(arguments: argparse.Namespace) -> int:
         notice=arguments.notice,
     )
     print(f"{arguments.output}: {checkpoint.model.name} from {checkpoint.source}", file=sys.stderr)
+    return 0
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    from mt3_export.quantize_bundle import quantize_bundle  # noqa: PLC0415
+    from mt3_runtime.bundle import open_bundle  # noqa: PLC0415
+
+    quantize_bundle(open_bundle(arguments.bundle), arguments.output, arguments.precision)
+    print(f"{arguments.output}: {arguments.bundle} and {', '.join(arguments.precision)}", file=sys.stderr)
     return 0
 
 

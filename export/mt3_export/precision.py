@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812 -- the name every torch user 
 
 from mt3_export.typed_weights import stored
 from mt3_runtime.errors import OptionError
+from mt3_runtime.graphs import QUANTIZED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -107,7 +108,8 @@ def checked_precisions(listed: Iterable[str]) -> tuple[Precision, ...]:
         OptionError: one is unknown.
     """
     given = set(listed)
-    unknown = given - set(PLANS)
+    known = (*PLANS, *QUANTIZED)
+    unknown = given - set(known)
     if unknown:
-        raise OptionError(f"unknown precision {min(unknown)!r}: use {', '.join(PLANS)}, or some of them with commas")
-    return tuple(precision for precision in PLANS if precision in given | {"fp32"})
+        raise OptionError(f"unknown precision {min(unknown)!r}: use {', '.join(known)}, or some of them with commas")
+    return tuple(precision for precision in known if precision in given | {"fp32"})

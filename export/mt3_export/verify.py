@@ -14,15 +14,16 @@ import torch
 
 from mt3_export.lowering import Eager
 from mt3_export.network import build_modules
+from mt3_export.quantized import DYNAMIC, FORMS
 from mt3_export.reference import Comparison, Reference
 from mt3_export.weights_file import stored_weights
 from mt3_runtime.backends.ort import open_session
 from mt3_runtime.errors import CheckpointError
 from mt3_runtime.features import feature_extractor
-from mt3_runtime.graphs import FEATURES
+from mt3_runtime.graphs import FEATURES, QUANTIZED
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
     from torch import Tensor
@@ -38,6 +39,9 @@ RELATIVE_LIMIT: dict[Precision, float] = {
     "fp32": 1e-5,
     "fp16": 2e-3,
     "bf16": 1.6e-2,
+    "int8": 5e-2,
+    "w8": 5e-2,
+    "w4": 3e-1,
 }  # norm of the difference over norm
 FEATURES_LIMIT = 1e-5
 ROUTED_FACTOR = 30  # of half precision with experts, where a few tokens are sent to another one and differ whole
@@ -116,14 +120,15 @@ def verify_bundle(
     contracts = {spec.name: spec for spec in manifest.contracts}
     reports = []
     for entry in manifest.graphs:
-        if entry.graph == FEATURES:
+        if entry.graph == FEATURES or _is_of_fp32(entry):
             continue
         limit = _limit(entry, checkpoint)
         compare, ran = Comparison(), entry.precision != "bf16"
         if ran:
             session = open_session(bundle, entry, threads=torch.get_num_threads())
             spec = contracts[entry.graph].typed(entry.precision)
-            reference.run(entry.graph, _Runner(session, spec), compare)
+            together = FORMS.get(entry.precision, {}).get(entry.graph) != DYNAMIC
+            reference.run(entry.graph, _Runner(session, spec, together=together), compare)
         form = (entry.graph, entry.lowering, entry.precision)
         tokens, equal, ties = compare.counts
         reports.append(GraphReport(*form, compare.largest, compare.relative, limit, tokens, equal, ties, ran))
@@ -142,6 +147,11 @@ def _verify_features(bundle: Bundle, segments: int, seed: int) -> list[GraphRepo
     found = session.run(None, {"samples": audio, "frames": np.array(frames, np.int32)})[0]
     compare.arrays(found, feature_extractor(spec)(audio, frames))
     return [GraphReport(FEATURES, "devices", "fp32", compare.largest, compare.relative, FEATURES_LIMIT)]
+
+
+def _is_of_fp32(entry: GraphFile) -> bool:
+    """Whether it is a graph of fp32 that a quantised precision leaves as it is."""
+    return entry.precision in QUANTIZED and entry.graph not in FORMS[entry.precision]
 
 
 def _limit(entry: GraphFile, checkpoint: Checkpoint) -> float:
@@ -206,13 +216,23 @@ def chord_audio(spec: FeatureSpec, segments: int, seed: int) -> np.ndarray:
 
 
 class _Runner:
-    """A graph as a function from arrays to arrays, which are given the types that it takes."""
+    """A graph as a function from arrays to arrays, which are given the types that it takes.
 
-    def __init__(self, session: Any, spec: GraphSpec) -> None:
-        self.session, self.spec = session, spec
+    Without `together` every row goes through it alone, as the runtime has it.
+    """
+
+    def __init__(self, session: Any, spec: GraphSpec, *, together: bool) -> None:
+        self.session, self.spec, self.together = session, spec, together
 
     def __call__(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         pairs = zip(self.spec.inputs, inputs, strict=True)
         feed = {tensor.name: array.astype(tensor.dtype, copy=False) for tensor, array in pairs}
+        if self.together:
+            return self._run(feed)
+        rows = range(len(inputs[0]))
+        alone = [self._run({name: array[row : row + 1] for name, array in feed.items()}) for row in rows]
+        return [np.concatenate(parts) for parts in zip(*alone, strict=True)]
+
+    def _run(self, feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         outputs: list[np.ndarray] = self.session.run(self.spec.output_names, feed)
         return outputs

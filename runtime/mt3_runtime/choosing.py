@@ -14,17 +14,18 @@ from mt3_runtime.backends.ort import OrtBackend
 from mt3_runtime.devices import BEST_FIRST, LOWERINGS, Device, default_slots, encode_group
 from mt3_runtime.errors import DependencyError, DeviceError, OptionError, OutOfMemoryError
 from mt3_runtime.gpu_needs import gather, reachable, require_usable
+from mt3_runtime.graphs import FEATURES, QUANTIZED
 from mt3_runtime.memory import first_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from mt3_runtime.backends import Backend, DeviceBackend
     from mt3_runtime.bundle import Bundle
     from mt3_runtime.graphs import Precision
     from mt3_runtime.manifest import Manifest
 
-PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+PRECISIONS = ("auto", "fp32", "fp16", "bf16", *QUANTIZED)
 FASTEST_FIRST: tuple[Precision, ...] = ("fp16", "bf16", "fp32")
 FALLBACK_SLOTS = 1  # rows that fail are few
 
@@ -74,7 +75,7 @@ def choose(wish: Wish) -> Choice:
 
 
 def _on_cpu(wish: Wish, reason: str) -> Choice:
-    if wish.precision not in ("auto", "fp32"):
+    if wish.precision in ("fp16", "bf16"):
         raise DeviceError(f"{wish.precision} needs a GPU, and none can be used ({reason}): leave the precision out")
     return replace(_on(replace(wish, device=Device("cpu"))), reason=reason)
 
@@ -87,7 +88,7 @@ def _on(wish: Wish) -> Choice:
     slots = default_slots(wish.bundle.manifest, wish.device.kind) if wish.slots is None else wish.slots
     backend, halved = with_halving(lambda count: make_backend(wish, precision, count), slots)
     notices = (*notices, *halved)
-    return Choice(backend, notices=notices, fallback=None if precision == "fp32" else _fallback(wish))
+    return Choice(backend, notices=notices, fallback=_fallback(wish) if precision in ("fp16", "bf16") else None)
 
 
 def choose_precision(wish: Wish) -> tuple[Precision, tuple[str, ...]]:
@@ -95,15 +96,14 @@ def choose_precision(wish: Wish) -> tuple[Precision, tuple[str, ...]]:
 
     Raises:
         DeviceError: the bundle has no graphs of that precision for the device.
-        OptionError: half precision on the CPU.
+        OptionError: the precision is for other devices.
     """
-    kind = wish.device.kind
-    if kind == "cpu":
-        if wish.precision not in ("auto", "fp32"):
-            raise OptionError(f"{wish.precision} is for GPUs, the CPU computes in fp32: leave --precision out")
-        return "fp32", ()
-    manifest = wish.bundle.manifest
+    kind, manifest = wish.device.kind, wish.bundle.manifest
     forms = {(entry.graph, entry.lowering, entry.precision) for entry in manifest.graphs}
+    if kind == "cpu":
+        return _of_cpu(wish, forms), ()
+    if wish.precision in QUANTIZED:
+        raise OptionError(f"{wish.precision} is for the CPU: give --device cpu, or leave --precision out")
     held = [
         precision
         for precision in FASTEST_FIRST
@@ -117,6 +117,18 @@ def choose_precision(wish: Wish) -> tuple[Precision, tuple[str, ...]]:
         fix = f"export it with mt3-export bundle --precision fp32,{half}"
         raise DeviceError(f"{wish.bundle.path} has no {wanted}graphs for {kind}: {fix}")
     return wish.precision, ()
+
+
+def _of_cpu(wish: Wish, forms: Collection[tuple[str, str, str]]) -> Precision:
+    """That of the wish; fewer bits only where they were asked for."""
+    if wish.precision in ("auto", "fp32"):
+        return "fp32"
+    if wish.precision not in QUANTIZED:
+        quantized = ", ".join(QUANTIZED)
+        raise OptionError(f"{wish.precision} is for GPUs: leave --precision out for fp32, or give one of {quantized}")
+    if any((spec.name, "ort", wish.precision) not in forms for spec in wish.bundle.manifest.contracts if spec.name != FEATURES):
+        raise DeviceError(f"{wish.bundle.path} has no {wish.precision} graphs: mt3-export quantize adds them")
+    return wish.precision
 
 
 def with_halving(make: Callable[[int], Backend], slots: int) -> tuple[Backend, tuple[str, ...]]:
@@ -143,7 +155,7 @@ def make_backend(wish: Wish, precision: Precision, slots: int) -> Backend:
     """The backend of the wish's device, with so many slots."""
     bundle, device = wish.bundle, wish.device
     if device.kind == "cpu":
-        return OrtBackend(bundle, slots=slots, threads=wish.threads)
+        return OrtBackend(bundle, slots=slots, threads=wish.threads, precision=precision)
     # Only here: nobody who runs on the CPU needs what a GPU needs.
     if device.kind == "cuda":
         from mt3_runtime.backends.cuda import CudaBackend  # noqa: PLC0415

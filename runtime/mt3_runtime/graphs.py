@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from mt3_runtime.specs import FeatureSpec, MemorySpec, ModelSpec
 
 DType = Literal["float32", "float16", "bfloat16", "int32"]
-Precision = Literal["fp32", "fp16", "bf16"]
-HALVES: dict[Precision, DType] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+Precision = Literal["fp32", "fp16", "bf16", "int8", "w8", "w4"]
+QUANTIZED: tuple[Precision, ...] = ("int8", "w8", "w4")  # weights of 8 or 4 bits, on the CPU
+HALVES: dict[Precision, DType] = {  # what stays on the device between graphs
+    "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", **dict.fromkeys(QUANTIZED, "float32"),
+}  # fmt: skip
 HOST_TENSORS = ("samples", "features", "log_prob", "logits")  # float32 in every precision
 GRAPH_NAMES = ("encoder", "cross_kv", "decode_step")  # of every model
 FEATURES = "features"  # of bundles for devices: on a CPU the runtime computes them itself, in float64

@@ -1,0 +1,181 @@
+"""Products with weights of 8 or 4 bits, for ONNX Runtime on the CPU: see `docs/quantization.md`.
+
+Made of a traced graph in float32, which need not come from torch: a bundle is enough. Only products with a matrix of
+weights change; caches, attention, norms, sums and everything a graph takes and gives stay float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mt3_runtime.graphs import Precision
+
+    FloatMatrix = np.ndarray
+
+CONTRIB = "com.microsoft"
+# Two of these times 255 fit 16 bits, in which AVX2 without VNNI adds them up.
+DYNAMIC_LARGEST = 64
+LONGEST_BLOCK, SHORTEST_BLOCK = 128, 16  # of numbers that share a scale; the operator takes powers of two
+INT8_PRODUCTS = 4  # `accuracy_level`: each block of the other factor is rounded to 8 bits, by its own largest number
+SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)  # rows of zeros are divided by it
+ROUTER = ".router"  # of experts: what it rounds away sends a token to another one
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How products are written.
+
+    "dynamic": `DynamicQuantizeMatMul`. A scale for every column of weights, and one for all that they are multiplied
+    with in a call: for graphs that are run for one segment, one row at a time.
+    "blocks": `MatMulNBits`. A scale for every block of a column, and one for every block of a row of the other factor:
+    no row depends on another one.
+    `bits` of the weights, `block` at most so many.
+    """
+
+    kind: Literal["dynamic", "blocks"]
+    bits: Literal[4, 8] = 8
+    block: int = LONGEST_BLOCK
+
+
+DYNAMIC = Form("dynamic")
+# What each precision does to each graph; the others are those of fp32.
+FORMS: Mapping[Precision, Mapping[str, Form]] = {
+    "int8": {
+        **dict.fromkeys(("encoder", "memory", "cross_kv", "prefix"), DYNAMIC),
+        "decode_step": Form("blocks"),
+    },
+    "w8": {"decode_step": Form("blocks")},
+    "w4": {"decode_step": Form("blocks", bits=4, block=128)},
+}
+
+
+def quantize(model: ir.Model, form: Form) -> None:
+    """Replace every product with a matrix of weights in `model`, a graph of lowering `ort` in fp32."""
+    graph = model.graph
+    for node in [node for node in graph if node.op_type == "MatMul" and not node.domain]:
+        matrix = _weights(node)
+        if matrix is not None and ROUTER not in (node.inputs[1].name or ""):  # type: ignore[union-attr]
+            _replace(graph, node, matrix, form)
+    _drop_unused(graph)
+    model.opset_imports.setdefault(CONTRIB, 1)
+
+
+def _weights(product: ir.Node) -> FloatMatrix | None:
+    """The matrix [in, out] that a product reads, be it stored in half; None if it is no weight."""
+    value = product.inputs[1]
+    producer = value.producer() if value is not None else None
+    if producer is not None and producer.op_type == "Cast":
+        value = producer.inputs[0]
+    if value is None or value.const_value is None or len(value.const_value.shape) != 2:
+        return None
+    return value.const_value.numpy().astype(np.float32)
+
+
+def _replace(graph: ir.Graph, product: ir.Node, matrix: FloatMatrix, form: Form) -> None:
+    x, weight = product.inputs
+    name = weight.name if weight is not None else None
+    if x is None or name is None:
+        raise TypeError(f"{product.name} has no inputs")
+    if form.kind == "blocks":
+        size, levels, scales = blocks(matrix, form.bits, form.block)
+        sizes = {"K": matrix.shape[0], "N": matrix.shape[1], "bits": form.bits, "block_size": size}
+        nodes = [_node("MatMulNBits", [x, *_constants(graph, name, levels, scales)], product, **sizes)]
+        nodes[0].attributes.add(ir.AttrInt64("accuracy_level", INT8_PRODUCTS))
+    else:
+        levels, scales = columns(matrix)
+        constants = _constants(graph, name, levels, scales)
+        gated = x.producer() is not None and x.producer().op_type == "Mul"  # type: ignore[union-attr]
+        nodes = _by_row(graph, x, constants, product) if gated else [
+            _node("DynamicQuantizeMatMul", [x, *constants], product)
+        ]  # fmt: skip
+    old, new = product.outputs[0], nodes[-1].outputs[0]
+    new.type, new.shape = old.type, old.shape
+    ir.convenience.replace_nodes_and_values(graph, product, [product], nodes, [old], [new])
+
+
+def _by_row(graph: ir.Graph, x: ir.Value, constants: list[ir.Value], product: ir.Node) -> list[ir.Node]:
+    """Divide each row by its largest number first: in what gates let through, some rows are far larger than others."""
+    smallest = _constant(graph, "smallest_normal", np.array(SMALLEST_NORMAL, np.float32))
+    last = _constant(graph, "last_axis", np.array([-1], np.int64))
+    size = _node("Abs", [x], product, "size", domain="")
+    largest = _node("ReduceMax", [size.outputs[0], last], product, "largest", domain="", keepdims=1)
+    divisor = _node("Max", [largest.outputs[0], smallest], product, "divisor", domain="")
+    row = _node("Div", [x, divisor.outputs[0]], product, "row", domain="")
+    scaled = _node("DynamicQuantizeMatMul", [row.outputs[0], *constants], product, "scaled")
+    back = _node("Mul", [scaled.outputs[0], divisor.outputs[0]], product, domain="")
+    return [size, largest, divisor, row, scaled, back]
+
+
+def _node(
+    operator: str,
+    inputs: list[ir.Value],
+    product: ir.Node,
+    part: str = "product",
+    *,
+    domain: str = CONTRIB,
+    **attributes: int,
+) -> ir.Node:
+    node = ir.node(operator, inputs, attributes, domain=domain, name=f"{product.name}.{part}")
+    node.outputs[0].name = f"{product.name}.{part}"
+    return node
+
+
+def columns(matrix: FloatMatrix) -> tuple[np.ndarray, np.ndarray]:
+    """Levels of 7 bits [in, out] and the scale of every column [out]."""
+    largest = np.abs(matrix).max(0)
+    scales = np.where(largest, largest / DYNAMIC_LARGEST, 1.0).astype(np.float32)
+    return np.rint(matrix / scales).astype(np.int8), scales
+
+
+def blocks(matrix: FloatMatrix, bits: int, longest: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """Levels as `MatMulNBits` stores them.
+
+    Returns:
+        The size of a block; levels, of 4 bits two in a byte, uint8 [out, blocks, bytes of a block]; the scale of every
+        block [out, blocks].
+    """
+    size = block_size(matrix.shape[0], longest)
+    count, middle = -(-matrix.shape[0] // size), 2 ** (bits - 1)
+    padded = np.zeros((matrix.shape[1], count * size), np.float32)
+    padded[:, : matrix.shape[0]] = matrix.T
+    parts = padded.reshape(-1, count, size)  # [out, blocks, size]
+    # The number furthest from zero becomes the lowest level: there is one more on that side than on the other.
+    furthest = np.take_along_axis(parts, np.abs(parts).argmax(-1)[..., None], -1)[..., 0]
+    scales = np.where(furthest, furthest / -middle, 1.0).astype(np.float32)
+    levels = np.clip(np.rint(parts / scales[..., None]) + middle, 0, 2 * middle - 1).astype(np.uint8)
+    return size, levels if bits == 8 else levels[..., ::2] | levels[..., 1::2] << 4, scales
+
+
+def block_size(rows: int, longest: int) -> int:
+    """The largest power of two that is no larger than the matrix and `longest`, but at least the smallest there is."""
+    return max(SHORTEST_BLOCK, min(longest, 1 << (rows.bit_length() - 1)))
+
+
+def _constants(graph: ir.Graph, name: str, levels: np.ndarray, scales: np.ndarray) -> list[ir.Value]:
+    return [_constant(graph, f"{name}.levels", levels), _constant(graph, f"{name}.scales", scales)]
+
+
+def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """The initializer of that name, made when it is first asked for."""
+    if name not in graph.initializers:
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+        graph.register_initializer(value)
+    return graph.initializers[name]
+
+
+def _drop_unused(graph: ir.Graph) -> None:
+    """Remove the weights that nothing reads any more, and the casts that read them."""
+    kept = set(graph.outputs)
+    for node in reversed(list(graph)):
+        if node.op_type == "Cast" and not any(output.uses() or output in kept for output in node.outputs):
+            graph.remove(node, safe=True)
+    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+        del graph.initializers[name]
