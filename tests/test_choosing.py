@@ -193,7 +193,7 @@ def test_precisions_that_it_lacks(tiny_bundle):
             DeviceError, match=f"graphs for {device}: export it with mt3-export bundle --precision {fix}$"
         ):
             choose_precision(Wish(tiny_bundle, Device(device), asked, None, None))
-    with pytest.raises(OptionError, match="fp16 is for GPUs, the CPU computes in fp32: leave --precision out"):
+    with pytest.raises(OptionError, match="fp16 is for GPUs, the CPU has fp32, int8, w8, w4: leave --precision out"):
         choose_precision(Wish(tiny_bundle, Device("cpu"), "fp16", None, None))
 
 
@@ -205,3 +205,14 @@ def test_half_precision_has_a_fallback_and_full_precision_needs_none(world):
     world.bundle = halved(world.bundle, "cuda", precisions=("fp32",))
     assert world.choose("cuda", "fp32").fallback is None
     assert world.choose("cpu").fallback is None
+
+
+@pytest.mark.parametrize("asked", ["int8", "w8", "w4"])
+def test_quantised_is_for_the_cpu(tiny_bundle, asked):
+    bundle = halved(tiny_bundle, "cuda", "ort", precisions=("fp16", asked))
+    with pytest.raises(OptionError, match=f"{asked} is for the CPU: give --device cpu"):
+        choose_precision(Wish(bundle, Device("cuda"), asked, None, None))
+    assert choose_precision(Wish(bundle, Device("cpu"), asked, None, None)) == (asked, ())
+    assert choose_precision(Wish(bundle, Device("cpu"), "auto", None, None)) == ("fp32", ())
+    with pytest.raises(DeviceError, match=f"has no {asked} graphs: mt3-export quantize adds them"):
+        choose_precision(Wish(tiny_bundle, Device("cpu"), asked, None, None))

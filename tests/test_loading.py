@@ -71,9 +71,10 @@ def test_a_device_that_does_not_exist_is_an_error(tiny_folder, device):
 
 
 def test_precision_is_checked(tiny_folder):
-    with pytest.raises(OptionError, match=r"^precision 'int8' does not exist: use one of auto, fp32, fp16, bf16$"):
-        load(tiny_folder, precision="int8")
-    with pytest.raises(OptionError, match="fp16 is for GPUs, the CPU computes in fp32: leave --precision out"):
+    known = "auto, fp32, fp16, bf16, int8, w8, w4"
+    with pytest.raises(OptionError, match=rf"^precision 'int4' does not exist: use one of {known}$"):
+        load(tiny_folder, precision="int4")
+    with pytest.raises(OptionError, match="fp16 is for GPUs, the CPU has fp32, int8, w8, w4: leave --precision out"):
         load(tiny_folder, "cpu", precision="fp16")
     assert load(tiny_folder, "cpu", precision="fp32").backend.precision == "fp32"
 

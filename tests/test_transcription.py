@@ -78,7 +78,7 @@ def test_json_holds_everything(transcription):
             "audio_seconds": 2.5, "stage_seconds": {"read": 0.125, "decode": 0.5}, "real_time_factor": 0.25,
             "segments": 2, "tokens": 90, "invalid_events": 1, "dropped_events": 2,
             "truncated_segments": [1], "failed_segments": [], "memory_restarts": [], "fallback_rows": 0,
-                "device_reason": "", "strict_upstream": False,
+                "skip_silence": "off", "silent_segments": [], "device_reason": "", "strict_upstream": False,
         },
     }  # fmt: skip
     assert transcription.warnings == tuple(document["warnings"])

@@ -125,8 +125,9 @@ def _of_cpu(wish: Wish, forms: Collection[tuple[str, str, str]]) -> Precision:
         return "fp32"
     if wish.precision not in QUANTIZED:
         quantized = ", ".join(QUANTIZED)
-        raise OptionError(f"{wish.precision} is for GPUs: leave --precision out for fp32, or give one of {quantized}")
-    if any((spec.name, "ort", wish.precision) not in forms for spec in wish.bundle.manifest.contracts if spec.name != FEATURES):
+        raise OptionError(f"{wish.precision} is for GPUs, the CPU has fp32, {quantized}: leave --precision out")
+    needed = {spec.name for spec in wish.bundle.manifest.contracts} - {FEATURES}
+    if any((graph, LOWERINGS["cpu"], wish.precision) not in forms for graph in needed):
         raise DeviceError(f"{wish.bundle.path} has no {wish.precision} graphs: mt3-export quantize adds them")
     return wish.precision
 

@@ -92,11 +92,11 @@ class RowDecoder(Generic[Key]):
 
     def advance(self) -> list[DecodedRow[Key]]:
         """Give free slots to rows that are ready, launch the next steps of every live row: the rows that ended."""
-        fill(self._backend, self._slots, self._queue, self._rules.start_token)
-        is_idle = not self._slots and self._queue.is_dry and not self._launches
+        known = fill(self._backend, self._slots, self._queue, self._rules.start_token)
+        is_idle = not (self._slots or known or self._launches) and self._queue.is_dry
         with shared_by(self._slots):
             ends = self._launch_and_read()
-        decoded = [row for end in ends if (row := self._leave(end))]
+        decoded = known + [row for end in ends if (row := self._leave(end))]
         if self._second:
             decoded += self._second.advance()
             is_idle = is_idle and self._second.is_idle

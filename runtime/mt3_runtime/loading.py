@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
@@ -12,12 +14,15 @@ from mt3_runtime.devices import parse_device
 from mt3_runtime.errors import OptionError
 from mt3_runtime.families import check_options
 from mt3_runtime.memory import first_memory
-from mt3_runtime.transcriber import Transcriber
+from mt3_runtime.silence import silence_rule
 
 if TYPE_CHECKING:
     import os
 
     from mt3_runtime.graphs import Precision
+    from mt3_runtime.transcriber import Transcriber
+
+TRANSCRIBER = "mt3_runtime.transcriber"  # and with it everything that reads audio and writes MIDI
 
 
 def load(
@@ -29,6 +34,7 @@ def load(
     threads: int | None = None,
     strict_upstream: bool = False,
     fine_programs: bool = False,
+    skip_silence: str | float = "auto",
 ) -> Transcriber:
     """Load a bundle, the embedded demo if none is named, ready to transcribe.
 
@@ -42,6 +48,8 @@ def load(
         threads: of the CPU; by default one for every core this process may use.
         strict_upstream: see `Transcriber`.
         fine_programs: see `Transcriber`.
+        skip_silence: segments that are not decoded: "digital", those of zeros alone; a number, those whose peak is at
+            most so many dBFS, such as -80; "off", none. "auto" is "digital", or "off" with `strict_upstream`.
 
     Raises:
         BundleError: the bundle is broken, tampered with or of another version.
@@ -56,20 +64,26 @@ def load(
     for name, value in (("slots", slots), ("threads", threads)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise OptionError(f"{name} is {value!r}: give a whole number of 1 or more")
+    silence = silence_rule(skip_silence, strict_upstream=strict_upstream)
     opened = open_bundle(demo_bundle_path() if bundle is None else bundle)
     check_options(opened.manifest.model, strict_upstream=strict_upstream, fine_programs=fine_programs)
     wish = Wish(opened, asked, cast("Precision | Literal['auto']", precision), slots, threads)
-    choice = choose(wish)
-    return Transcriber(
+    # Hashes and sessions leave Python to itself: what comes after them is imported meanwhile.
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        imported = beside.submit(import_module, TRANSCRIBER)
+        choice = choose(wish)
+    transcriber: Transcriber = imported.result().Transcriber(
         opened,
         choice.backend,
         name=DEMO_NAME if bundle is None else str(bundle),
         strict_upstream=strict_upstream,
         fine_programs=fine_programs,
+        silence=silence,
         fallback=choice.fallback,
         device_reason=choice.reason,
         notices=choice.notices,
     )
+    return transcriber
 
 
 def warm_up(transcriber: Transcriber) -> None:

@@ -16,6 +16,7 @@ from mt3_runtime.midi import midi_warnings
 from mt3_runtime.note_decoding import SegmentTokens
 from mt3_runtime.notes import sort_notes
 from mt3_runtime.rows import Row
+from mt3_runtime.silence import silent_tokens
 from mt3_runtime.stopwatch import Stopwatch
 from mt3_runtime.transcription import Provenance, SegmentNotes, Transcription
 from mt3_runtime.unfinished import Unfinished, ranges
@@ -50,10 +51,11 @@ def alone(states: Any) -> Any:
 
 @dataclass(slots=True)
 class _UnderWay:
-    """A segment whose channels are being decoded."""
+    """A segment whose channels are being decoded, or told, where it is silent."""
 
     start: float
     max_time: float | None
+    is_silent: bool
     rows: list[DecodedRow[RowKey] | None]  # [channels]
 
 
@@ -78,7 +80,7 @@ class Piece:
         model = self.manifest.model
         self._unfinished = Unfinished(model.channels)
         self._memory = SongMemory(model, model.memory) if model.memory else None
-        self._record, self._restarts = record, list[int]()
+        self._record, self._restarts, self._silent = record, list[int](), list[int]()
 
     @property
     def manifest(self) -> Manifest:
@@ -130,17 +132,35 @@ class Piece:
         memory = self._memory.ids_for(segment)
         if memory is None:
             return None
-        if self._record and self._memory.has_restarted:
+        if self._record and self._memory.has_restarted and not self._under_way[segment].is_silent:
             self._restarts.append(segment)
         return replace(self._encoded.popleft(), memory=memory)
 
     def _encode(self, group: list[Segment]) -> None:
-        states = self._states(group, self._transcriber.backend)
-        for segment, channels in zip(group, states, strict=True):
-            self._under_way[segment.index] = _UnderWay(segment.start, segment.max_time, [None] * len(channels))
-            for channel, own in enumerate(channels):
-                again = partial(self._states_of, segment, channel) if self._transcriber.fallback else None
-                self._encoded.append(Row(RowKey(self.number, segment.index, channel), alone(own), encode=again))
+        with self.clock.stage("features"):
+            heard = [segment for segment in group if not self._transcriber.silence.is_silent(segment.samples)]
+        encoded = self._states(heard, self._transcriber.backend) if heard else ()
+        states = dict(zip([segment.index for segment in heard], encoded, strict=True))
+        for segment in group:
+            is_silent = segment.index not in states
+            rows = self._silent_rows(segment) if is_silent else self._rows(segment, states[segment.index])
+            self._under_way[segment.index] = _UnderWay(segment.start, segment.max_time, is_silent, [None] * len(rows))
+            self._encoded += rows
+            if is_silent and self._record:
+                self._silent.append(segment.index)
+
+    def _rows(self, segment: Segment, states: Any) -> list[Row[RowKey]]:
+        rows = []
+        for channel, own in enumerate(states):
+            again = partial(self._states_of, segment, channel) if self._transcriber.fallback else None
+            rows.append(Row(RowKey(self.number, segment.index, channel), alone(own), encode=again))
+        return rows
+
+    def _silent_rows(self, segment: Segment) -> list[Row[RowKey]]:
+        """What a silent segment says, in place of its states."""
+        said = np.array(silent_tokens(self._transcriber.vocabulary), np.int32)
+        channels = range(self.manifest.model.channels)
+        return [Row(RowKey(self.number, segment.index, channel), states=None, known=said) for channel in channels]
 
     def _states(self, group: list[Segment], backend: Backend) -> Any:
         """Encoder states, indexed [segment][channel]."""
@@ -161,12 +181,13 @@ class Piece:
 
     def take(self, row: DecodedRow[RowKey]) -> Iterator[SegmentNotes]:
         """Receive one decoded row; yields the segments that are complete now, in order of time."""
+        segment = self._under_way[row.key.segment]
         self._decode_seconds += row.seconds
-        self._tokens += len(row.tokens)
+        self._tokens += 0 if segment.is_silent else len(row.tokens)
         self._fallback_rows += row.fell_back
         if self._record:
             self._unfinished.note(row.key.segment, row.key.channel, row.status)
-        self._under_way[row.key.segment].rows[row.key.channel] = row
+        segment.rows[row.key.channel] = row
         if self._memory:
             self._memory.keep(row.key.segment, row)
         while self._due in self._under_way:
@@ -174,9 +195,9 @@ class Piece:
             if len(rows) < len(self._under_way[self._due].rows):
                 return
             with self.clock.stage("notes"):
-                segment = self._complete(self._under_way.pop(self._due), rows)
+                complete = self._complete(self._under_way.pop(self._due), rows)
             self._due += 1
-            yield segment
+            yield complete
 
     def _complete(self, segment: _UnderWay, rows: list[DecodedRow[RowKey]]) -> SegmentNotes:
         spoken = [SegmentTokens(segment.start, row.tokens.tolist(), row.log_probs.tolist()) for row in rows]
@@ -186,7 +207,8 @@ class Piece:
             self.is_finished = True
         statuses: set[Status] = {row.status for row in rows}
         worst = next(status for status in ("failed", "truncated", "ended") if status in statuses)
-        return SegmentNotes(self._due, self.count, segment.start, tuple(notes), worst, self.is_finished)
+        start, is_last = segment.start, self.is_finished
+        return SegmentNotes(self._due, self.count, start, tuple(notes), worst, is_last, segment.is_silent)
 
     @property
     def _duration(self) -> float:
@@ -219,6 +241,8 @@ class Piece:
             failed_segments=self._unfinished.segments("failed"),
             memory_restarts=tuple(self._restarts),
             fallback_rows=self._fallback_rows,
+            skip_silence=str(transcriber.silence),
+            silent_segments=tuple(self._silent),
             device_reason=transcriber.device_reason,
             strict_upstream=transcriber.strict_upstream,
             warnings=warnings,

@@ -26,6 +26,8 @@ class Row(Generic[Key]):
     `limit` stops this row earlier than `DecodingRules.max_tokens` does. `memory`: what the row is told of the segment
     before it, int32 [span], for models that have one; of all rows or of none.
     `encode` gives the row's states from another backend, for a second attempt there.
+    `known`: what the row says, int32 [length] without start and end token, where that is known beforehand: it takes no
+    slot, and no backend hears of it.
     """
 
     key: Key
@@ -33,6 +35,7 @@ class Row(Generic[Key]):
     limit: int | None = None
     memory: IntArray | None = None
     encode: Callable[[Backend], Any] | None = None
+    known: IntArray | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -86,9 +86,10 @@ def shared_by(rows: Sequence[Live[Any]]) -> Iterator[None]:
         live.seconds += clock.seconds["shared"] / len(rows)
 
 
-def fill(backend: DeviceBackend, slots: list[Live[Key]], queue: Queue[Key], start_token: int) -> None:
-    """Give free slots to waiting rows, and leave no hole before the last live row."""
-    fresh = queue.take(backend.slots - sum(not live.is_over for live in slots))
+def fill(backend: DeviceBackend, slots: list[Live[Key]], queue: Queue[Key], start_token: int) -> list[DecodedRow[Key]]:
+    """Give free slots to waiting rows, and leave no hole before the last live row; returns rows that need no slot."""
+    taken = queue.take(backend.slots - sum(not live.is_over for live in slots))
+    fresh = [live for live in taken if live.row.known is None]
     for live in slots:
         if not live.is_over and not queue.wanted(live.row.key):
             live.leave()
@@ -97,6 +98,11 @@ def fill(backend: DeviceBackend, slots: list[Live[Key]], queue: Queue[Key], star
         _place(backend, slots, holes, fresh, start_token)
     with shared_by(slots):
         _close_holes(backend, slots, holes)
+    return [
+        DecodedRow(row.key, row.known, np.zeros(len(row.known), np.float32), "ended", seconds=0.0)
+        for row in (live.row for live in taken)
+        if row.known is not None
+    ]
 
 
 def _place(

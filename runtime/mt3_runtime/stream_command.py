@@ -160,6 +160,7 @@ def _line(segment: SegmentNotes) -> str:
             "segment": segment.index,
             "start": segment.start,
             "status": segment.status,
+            "is_silent": segment.is_silent,
             "notes": [note_to_dict(note) for note in segment.notes],
             "is_last": segment.is_last,
         },

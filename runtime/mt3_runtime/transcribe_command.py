@@ -91,6 +91,7 @@ def load_asked(arguments: argparse.Namespace, slots: int | None = None) -> Trans
         threads=arguments.threads,
         strict_upstream=arguments.strict_upstream == "on",
         fine_programs=arguments.programs == "fine",
+        skip_silence=arguments.skip_silence,
     )
 
 
@@ -139,10 +140,12 @@ def _save(job: Job, outcome: Transcription | Mt3Error) -> tuple[Transcription, l
 def _tell(job: Job, transcription: Transcription, notices: Sequence[str]) -> None:
     provenance = transcription.provenance
     speed = 1 / provenance.real_time_factor if provenance.real_time_factor else 0.0
+    silent = len(provenance.silent_segments)
+    skipped = f", {silent} of {provenance.segments} segments silent" if silent else ""
     print(
         f"{job.source} -> {', '.join(map(str, job.outputs))}: {len(transcription.notes)} notes, "
         f"{transcription.duration:.1f} s of audio in {sum(provenance.stage_seconds.values()):.2f} s "
-        f"({speed:.1f} x real time, {provenance.device})",
+        f"({speed:.1f} x real time, {provenance.device}){skipped}",
         file=sys.stderr,
     )
     for notice in notices:

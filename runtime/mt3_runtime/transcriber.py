@@ -14,6 +14,7 @@ from mt3_runtime.live import LiveStreams
 from mt3_runtime.many import ManyPieces
 from mt3_runtime.piece import Piece
 from mt3_runtime.reading import rows_of
+from mt3_runtime.silence import OFF
 from mt3_runtime.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from mt3_runtime.notes import Note
     from mt3_runtime.piece import RowKey
     from mt3_runtime.rows import Row
+    from mt3_runtime.silence import SilenceRule
     from mt3_runtime.transcription import SegmentNotes, Transcription
 
     Source = str | os.PathLike[str] | ArrayLike
@@ -45,7 +47,7 @@ class Transcriber:
         name: of the bundle, for the provenance.
         strict_upstream: make the notes that the authors' code makes, where it loses some too (YourMT3).
         fine_programs: write every instrument to MIDI, not the classes that the authors merge them to (YourMT3).
-
+        silence: which segments are not decoded, as there is nothing to hear in them.
         fallback: gives the backend for second attempts in fp32 (see `decode_rows`); the same one at every call.
         device_reason: why the backend is this one, for the provenance.
         notices: what every transcription has to tell of the backend, one line each.
@@ -62,6 +64,7 @@ class Transcriber:
         name: str,
         strict_upstream: bool = False,
         fine_programs: bool = False,
+        silence: SilenceRule = OFF,
         fallback: Callable[[], Backend] | None = None,
         device_reason: str = "",
         notices: tuple[str, ...] = (),
@@ -73,7 +76,7 @@ class Transcriber:
         self.extractor = feature_extractor(manifest.features)
         self.vocabulary = Vocabulary(manifest.vocabulary)
         self.rules = decoding_rules(manifest.model)
-        self.strict_upstream = strict_upstream
+        self.strict_upstream, self.silence = strict_upstream, silence
         self.midi_style = midi_style(manifest.model, fine_programs=fine_programs)
         self._lock, self._owner = threading.Lock(), 0
 

@@ -34,7 +34,7 @@ class SegmentNotes:
 
     `start` in seconds; `count` is the number of segments of the whole audio: for a file what its header promises,
     until it has been read to its end, which is at the latest with the last segment; for a live stream those that have
-    come. `status` is the worst of the segment's channels.
+    come. `status` is the worst of the segment's channels; one that `is_silent` was not decoded, and has "ended".
     """
 
     index: int
@@ -43,6 +43,7 @@ class SegmentNotes:
     notes: tuple[Note, ...]
     status: Status
     is_last: bool
+    is_silent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,8 @@ class Provenance:
     their end, failed ones gave no usable tokens, in one of their channels at least; both are indices of segments.
     `memory_restarts`: segments that should have been told of the one before, which failed (see `SongMemory`).
     `fallback_rows`: how many rows gave numbers that are not finite in half precision, and were decoded again in fp32.
+    `skip_silence`: the rule by which segments are silent (see `SilenceRule`); `silent_segments`: those that were not
+    decoded for that, by index.
     `device_reason`: why it is this device, where "auto" chose it.
     Of files transcribed together, each has its share of the seconds. `strict_upstream`: see `Transcriber`.
 
@@ -81,6 +84,8 @@ class Provenance:
     failed_segments: tuple[int, ...] = ()
     memory_restarts: tuple[int, ...] = ()
     fallback_rows: int = 0
+    skip_silence: str = "off"
+    silent_segments: tuple[int, ...] = ()
     device_reason: str = ""
     strict_upstream: bool = False
     warnings: tuple[str, ...] = ()
