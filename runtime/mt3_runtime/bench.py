@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mt3_runtime.bench_compare import compare, compare_lines, measured, read_result
 from mt3_runtime.bench_lengths import bench_lengths, to_lines
 from mt3_runtime.bench_songs import bench_songs, bench_streams, song_lines
 from mt3_runtime.decoding import decode_rows
@@ -41,7 +42,7 @@ class BenchOptions:
     """What to run: `segments` segments of `steps` tokens, at most `slots` rows at a time, `repeat` times.
 
     With `lengths` each row takes its own number of steps instead (see `bench_lengths`); with `songs` or `streams` that
-    many pieces of so many segments go through side by side (see `bench_songs`).
+    many pieces of so many segments go through side by side (see `bench_songs`). `compare` names an earlier result.
     """
 
     bundle: Path | None
@@ -55,6 +56,7 @@ class BenchOptions:
     lengths: tuple[int, ...] | None = None
     songs: int | None = None
     streams: int | None = None
+    compare: Path | None = None
 
 
 def bench(options: BenchOptions) -> dict[str, Any]:
@@ -63,13 +65,15 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     Returns:
         `encode_s` (all segments), `decode_ms_per_step` by number of rows, `total_s` (encode plus all steps of all
         rows, scheduled as in a transcription), or `lengths`, `songs` or `streams` in place of these; `load_s`,
-        `peak_rss_mb`, and what was run where.
+        `peak_rss_mb`, and what was run where; with `options.compare` also `compared`, see `bench_compare.compare`.
 
     Raises:
-        OptionError: more steps than the model has positions, or figures that exclude each other.
+        OptionError: more steps than the model has positions, figures that exclude each other, or nothing to compare
+            with in that file.
     """
     if sum(value is not None for value in (options.lengths, options.songs, options.streams)) > 1:
         raise OptionError("--lengths, --songs and --streams are measured one at a time: give one of them")
+    earlier = None if options.compare is None else read_result(options.compare)
     started = perf_counter()
     transcriber = load(
         options.bundle, options.device, precision=options.precision, slots=options.slots, threads=options.threads
@@ -78,7 +82,7 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     features = transcriber.bundle.manifest.features
     shape = (options.segments, features.segment_frames, features.bins)
     noise = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    return {
+    result = {
         **_figures(transcriber, noise, options),
         "load_s": load_s,
         "peak_rss_mb": peak_rss_mb(),
@@ -86,6 +90,9 @@ def bench(options: BenchOptions) -> dict[str, Any]:
         "repeat": options.repeat,
         **_circumstances(transcriber),
     }
+    if earlier is not None and options.compare is not None:
+        result["compared"] = compare(earlier, measured(result), options.compare)
+    return result
 
 
 def _figures(transcriber: Transcriber, noise: FloatArray, options: BenchOptions) -> dict[str, Any]:
@@ -107,19 +114,22 @@ def to_text(result: dict[str, Any]) -> str:
         f"{result['threads']} threads, {result['slots']} slots, {result['gpu'] or result['cpu']})\n"
         f"load    {result['load_s']:.2f} s"
     )
-    tail = f"memory  {result['peak_rss_mb']:.0f} MB at the peak"
+    tail = [f"memory  {result['peak_rss_mb']:.0f} MB at the peak"]
+    tail += compare_lines(result["compared"]) if "compared" in result else []
+    return "\n".join([head, *_figure_lines(result), *tail])
+
+
+def _figure_lines(result: dict[str, Any]) -> list[str]:
     if "lengths" in result:
-        return "\n".join([head, *to_lines(result["lengths"]), tail])
+        return to_lines(result["lengths"])
     if "songs" in result or "streams" in result:
-        return "\n".join([head, *song_lines(result), tail])
+        return song_lines(result)
     rows = ", ".join(f"{count} rows {ms:.2f}" for count, ms in result["decode_ms_per_step"].items())
-    return (
-        f"{head}\n"
-        f"encode  {result['encode_s']:.3f} s for {result['segments']} segments\n"
-        f"decode  {rows} ms a step\n"
-        f"total   {result['total_s']:.3f} s for {result['segments']} segments x {result['steps']} steps\n"
-        f"{tail}"
-    )
+    return [
+        f"encode  {result['encode_s']:.3f} s for {result['segments']} segments",
+        f"decode  {rows} ms a step",
+        f"total   {result['total_s']:.3f} s for {result['segments']} segments x {result['steps']} steps",
+    ]
 
 
 def _steps(transcriber: Transcriber, features: FloatArray, options: BenchOptions) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from mt3_runtime.devices import KINDS, parse_device
 from mt3_runtime.errors import Mt3Error
+from mt3_runtime.graphs import QUANTIZED
+from mt3_runtime.silence import silence_rule
 from mt3_runtime.version import __version__
 
 if TYPE_CHECKING:
@@ -69,6 +72,15 @@ def _device(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _silence(text: str) -> str:
+    """A rule of silence, for argparse."""
+    try:
+        silence_rule(text)
+    except Mt3Error as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, metavar="DIR", help="folder made by mt3-export (default: embedded demo)")
     parser.add_argument(
@@ -80,9 +92,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--precision",
-        choices=("auto", "fp32", "fp16", "bf16"),
+        choices=("auto", "fp32", "fp16", "bf16", *QUANTIZED),
         default="auto",
-        help="of the numbers (default: auto, half precision on a GPU if the bundle has it)",
+        help="of the numbers (default: auto, fp32 on a CPU, half precision on a GPU if the bundle has it)",
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: the usable cores)")
 
@@ -99,6 +111,14 @@ def _add_note_options(parser: argparse.ArgumentParser) -> None:
         choices=("merged", "fine"),
         default="merged",
         help="YourMT3: instruments of the MIDI file, merged to classes as the authors' are, or fine (default: merged)",
+    )
+    parser.add_argument(
+        "--skip-silence",
+        type=_silence,
+        default="auto",
+        metavar="RULE",
+        help="do not decode segments of zeros alone (digital), or with a peak of at most so many dBFS (such as -80); "
+        "off decodes all (default: digital, or off with --strict-upstream on)",
     )
 
 
@@ -157,6 +177,9 @@ def _add_bench(commands: Commands) -> None:
         metavar="N",
         help="N live streams of so many segments: how long after its last sample a segment's notes are there",
     )
+    parser.add_argument(
+        "--compare", type=Path, metavar="FILE", help="an earlier output of bench --json, to be shown beside this one"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     _add_model_options(parser)
     parser.set_defaults(command=_bench)
@@ -208,7 +231,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     from mt3_runtime.bench import BenchOptions, bench, to_text  # noqa: PLC0415
     from mt3_runtime.bench_lengths import parse_lengths  # noqa: PLC0415
 
-    names = ("bundle", "device", "precision", "threads", "segments", "steps", "repeat", "slots", "songs", "streams")
+    names = {field.name for field in dataclasses.fields(BenchOptions)} - {"lengths"}
     lengths = None if arguments.lengths is None else parse_lengths(arguments.lengths)
     result = bench(BenchOptions(**{name: getattr(arguments, name) for name in names}, lengths=lengths))
     print(json.dumps(result) if arguments.json else to_text(result))
