@@ -19,7 +19,7 @@ from mt3_export.lowering import TensorRT
 from mt3_export.onnx_graph import trace
 from mt3_export.precision import PLANS
 from mt3_export.random_yourmt3 import random_yourmt3_tensors
-from mt3_export.state import Sizes
+from mt3_export.sizes import Sizes
 from mt3_export.yourmt3_layout import Layout, PerceiverSizes
 from mt3_runtime.bundle import Bundle, open_bundle
 from mt3_runtime.specs import FeatureSpec, ModelSpec

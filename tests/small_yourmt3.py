@@ -5,7 +5,7 @@ from __future__ import annotations
 from mt3_export.checkpoint import Checkpoint
 from mt3_export.design import PerceiverDesign
 from mt3_export.random_yourmt3 import random_yourmt3_tensors
-from mt3_export.state import Sizes
+from mt3_export.sizes import Sizes
 from mt3_export.yourmt3_layout import Layout, PerceiverSizes
 from mt3_runtime.specs import FeatureSpec, ModelSpec
 

@@ -8,7 +8,8 @@ import torch
 
 from mt3_export import published, settings
 from mt3_export.random_weights import random_tensors
-from mt3_export.state import DUPLICATES, INVERSE_FREQUENCIES, MT3_SIZES, expected_shapes
+from mt3_export.sizes import MT3_SIZES
+from mt3_export.state import DUPLICATES, INVERSE_FREQUENCIES, expected_shapes
 from mt3_runtime.errors import CheckpointError, OptionError
 from states import METADATA, MT3, OPTIONS, TINY, load, packed, port_state, refusal, same, torch_bytes
 

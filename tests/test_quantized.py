@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -261,9 +263,30 @@ def test_command(tiny_folder, tmp_path, capsys):
     assert "'w5'" in capsys.readouterr().err
 
 
+def test_without_torch(tiny_folder, tmp_path):
+    code = "import sys; sys.modules['torch'] = None; from mt3_export.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["quantize", tiny_folder, "--output", tmp_path / "new"]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True)
+    assert open_bundle(tmp_path / "new").manifest.files["weights.int8.bin"].size
+
+
 def test_model_sizes():
     """A matrix narrower than the smallest block is filled up."""
     matrix, x = gaussian(10, 3), gaussian(2, 10, seed=1)
     model = one_product(matrix)
     quantize(model, Form("blocks"))
     assert relative_error(run(model, x), x @ matrix) < 0.02
+
+
+@pytest.mark.parametrize("kind", ["context", "prefix"])
+def test_memory(kind, request, tmp_path):
+    """Of a model with memory all graphs are quantised, products of activations aside."""
+    bundle, checkpoint = request.getfixturevalue(f"{kind}_bundle"), request.getfixturevalue(f"{kind}_checkpoint")
+    found = open_bundle(quantize_bundle(bundle, tmp_path / kind, ["int8"]))
+    graphs = [entry for entry in found.manifest.graphs if entry.precision == "int8"]
+    assert [entry.graph for entry in graphs] == [spec.name for spec in bundle.manifest.contracts]
+    reports = verify_bundle(found, checkpoint, segments=2, steps=6)
+    assert all(report.passed for report in reports)
+    if kind == "prefix":
+        operators = [node.op_type for node in onnx.load(found.path / "prefix.int8.ort.onnx").graph.node]
+        assert operators.count("MatMul") == 2 * (checkpoint.model.decoder_layers - 1)  # scores, and what they weigh

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 
 from graph_cases import one_thread
 from mt3_export.bundle_writer import export_bundle
+from mt3_export.quantize_bundle import quantize_bundle
 from mt3_export.verify import verify_bundle
 from mt3_runtime.bundle import open_bundle
 from mt3_runtime.decoding import DecodingRules
@@ -78,3 +80,20 @@ def test_every_channel_is_decoded(folder):
     assert result.provenance.tokens == 3 * 3 * 12
     assert result.provenance.truncated_segments == (0, 1, 2)
     assert sum(result.provenance.stage_seconds.values()) > 0
+
+
+def test_quantized(folder, checkpoint, tmp_path):
+    """Experts are quantised, what chooses them is not; the channels of a segment are as they are alone."""
+    bundle = open_bundle(quantize_bundle(open_bundle(folder), tmp_path / "quantized", ["int8", "w8"]))
+    nodes = onnx.load(bundle.path / "encoder.int8.ort.onnx").graph.node
+    exact = {name for node in nodes if node.op_type == "MatMul" for name in node.input if name.startswith("weights.")}
+    assert any(".router" in name for name in exact)
+    assert not any(".experts." in name or "query" in name for name in exact)
+    assert sum(node.op_type == "DynamicQuantizeMatMul" for node in nodes) > 3 * 4  # three of each expert, and others
+    reports = verify_bundle(bundle, checkpoint, segments=1, steps=6)
+    assert all(report.passed for report in reports)
+    sound = audio(3.0, 5)
+    for precision in ("int8", "w8"):
+        result = load(bundle.path, "cpu", precision=precision).transcribe(sound, 16_000)
+        assert result.provenance.precision == precision
+        assert not result.provenance.failed_segments

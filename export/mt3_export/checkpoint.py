@@ -14,7 +14,8 @@ from mt3_export.mt3_specs import check_d_kv, mt3_specs
 from mt3_export.published import PUBLISHED, recognise
 from mt3_export.random_weights import random_tensors
 from mt3_export.settings import FAMILY, Settings, check_options, from_row, resolve
-from mt3_export.state import MT3_SIZES, check_shapes, drop_copies, infer_sizes, printable, widen
+from mt3_export.sizes import MT3_SIZES
+from mt3_export.state import check_shapes, drop_copies, infer_sizes, printable, widen
 from mt3_export.stored import read_state
 from mt3_export.yourmt3_checkpoint import random_yourmt3, read_yourmt3
 from mt3_export.yourmt3_models import MODELS

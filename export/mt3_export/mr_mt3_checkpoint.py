@@ -11,10 +11,10 @@ from mt3_export.mt3_specs import check_d_kv, mt3_specs
 from mt3_export.published import MEMORY_LENGTHS
 from mt3_export.random_weights import random_tensors
 from mt3_export.settings import MAX_LENGTH, Settings, combine, overrides, parse_metadata
+from mt3_export.sizes import MT3_SIZES
 from mt3_export.state import (
     MEMORY_ENCODER,
     MEMORY_PREFIX,
-    MT3_SIZES,
     check_shapes,
     count_blocks,
     drop_copies,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mt3_export.settings import Settings
-    from mt3_export.state import Sizes
+    from mt3_export.sizes import Sizes
     from mt3_runtime.specs import MemorySpec
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mt3_export.mr_mt3 import VARIANTS
 from mt3_export.published import PUBLISHED
-from mt3_export.state import MT3_SIZES
+from mt3_export.sizes import MT3_SIZES
 from mt3_runtime.errors import CheckpointError, OptionError
 from mt3_runtime.specs import MT3_FRONTENDS
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mt3_export.published import PublishedCheckpoint
-    from mt3_export.state import Sizes
+    from mt3_export.sizes import Sizes
 
 Setting = int | str | bool
 FAMILY = ("mt3", *VARIANTS)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from mt3_export.sizes import Sizes
 from mt3_runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -28,21 +28,6 @@ INVERSE_FREQUENCIES = ("encoder.pos_emb.inv_freq", "decoder.pos_emb.inv_freq")
 MEMORY_INVERSE_FREQUENCY = f"{MEMORY_ENCODER}.pos_emb.inv_freq"
 MEMORY_PREFIX = "segmem_"  # of all that a memory adds
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What the shapes of a state dict tell; `inner` is num_heads * d_kv."""
-
-    d_model: int
-    inner: int
-    d_ff: int
-    encoder_layers: int
-    decoder_layers: int
-    vocab_size: int
-
-
-MT3_SIZES = Sizes(d_model=512, inner=384, d_ff=1024, encoder_layers=8, decoder_layers=8, vocab_size=1536)
 
 
 def expected_shapes(model: ModelSpec) -> dict[str, tuple[int, ...]]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
-from mt3_export.state import Sizes, block_shapes
+from mt3_export.sizes import Sizes
+from mt3_export.state import block_shapes
 from mt3_export.yourmt3_models import EVENT_TOKENS, TABLE_ROWS
 
 if TYPE_CHECKING:

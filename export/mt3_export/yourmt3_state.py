@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from mt3_export.random_yourmt3 import rotary_frequencies
-from mt3_export.state import Sizes, compare_shapes, some
+from mt3_export.sizes import Sizes
+from mt3_export.state import compare_shapes, some
 from mt3_export.yourmt3_layout import HALVINGS, ROTARY, Layout, PerceiverSizes, result_name, stored_shapes
 from mt3_runtime.errors import CheckpointError
 from mt3_runtime.mel import mel_matrix
