@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mt3_runtime.errors import OptionError
 from mt3_runtime.machine import (
     available_memory,
     cpu_flags,
@@ -19,6 +20,7 @@ from mt3_runtime.machine import (
     cpu_quota,
     default_threads,
     describe_machine,
+    may_spin,
     memory_limit,
     package_versions,
     peak_rss_mb,
@@ -99,7 +101,8 @@ def test_without_topology_every_cpu_is_a_core(tree):
         ("max 100000\n", None, 8),
         ("50000 100000\n", 0.5, 1),
         ("100000 100000\n", 1.0, 1),
-        ("250000 100000\n", 2.5, 2),
+        ("149000 100000\n", 1.49, 1),
+        ("250000 100000\n", 2.5, 3),
         ("20000 10000\n", 2.0, 2),
         ("6400000 100000\n", 64.0, 8),
     ],
@@ -142,6 +145,41 @@ def test_a_path_outside_the_mount_falls_back_to_the_mount(tree):
     files = version1("/system.slice/ssh", {"/cpu,cpuacct/cpu.cfs_quota_us": "200000"}, base="/docker/4c01")
     files["sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us"] = "100000"
     assert cpu_quota(tree(files)) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("quota", "threads", "spins"),
+    [("max", 8, True), ("max", 9, False), ("800000", 8, True), ("200000", 2, True), ("150000", 2, False),
+     ("150000", 1, True), ("50000", 1, False)],
+)  # fmt: skip
+@pytest.mark.parametrize("version", [1, 2])
+def test_threads_spin_where_each_has_a_core_of_its_own(tree, monkeypatch, version, quota, threads, spins):
+    monkeypatch.delenv("MT3_SPIN", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
+    files = {"/cpu,cpuacct/cpu.cfs_quota_us": quota.replace("max", "-1"), "/cpu,cpuacct/cpu.cfs_period_us": "100000"}
+    group = version1("/", files) if version == 1 else version2("/", {"/cpu.max": f"{quota} 100000\n"})
+    assert may_spin(threads, tree({**EIGHT, **group})) == spins
+
+
+@pytest.mark.parametrize(("asked", "spins"), [("", False), ("0", False), ("1", True)])
+def test_the_environment_has_the_last_word_on_spinning(tree, monkeypatch, asked, spins):
+    monkeypatch.setenv("MT3_SPIN", asked)
+    root = tree({**EIGHT, **version2("/", {"/cpu.max": "150000 100000\n"})})
+    assert may_spin(2, root) == spins
+    assert may_spin(1, tree(version2("/", {"/cpu.max": "max 100000\n"}))) == (asked != "0")
+
+
+def test_an_environment_that_makes_no_sense_is_an_error(monkeypatch):
+    monkeypatch.setenv("MT3_SPIN", "yes")
+    with pytest.raises(OptionError, match=r"^MT3_SPIN is 'yes': set it to 0 or 1, or not at all$"):
+        may_spin(1)
+
+
+def test_two_threads_of_one_core_do_not_spin(tree, monkeypatch):
+    monkeypatch.delenv("MT3_SPIN", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: (3, 11), raising=False)
+    root = tree(EIGHT)
+    assert (may_spin(1, root), may_spin(2, root)) == (True, False)
 
 
 def test_hybrid_machine_reads_both_versions(tree):

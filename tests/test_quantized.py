@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from bundle_cases import copied
-from conftest import TINY_FEATURES
+from conftest import TINY_FEATURES, TINY_MODEL
 from fast_export import FastExport
 from graph_cases import relative_error
 from mt3_export.cli import main
@@ -162,6 +162,9 @@ def test_bundle(quantized, tiny_bundle):
             model = onnx.load(quantized / entry.file, load_external_data=False)
             assert entry.weights == f"weights.{precision}.bin"
             assert sum(node.op_type == OPERATORS[graph] for node in model.graph.node) > 1
+            finer = [node.input[1] for node in model.graph.node if node.op_type == "MatMulNBits"]
+            assert graph != "encoder" or all(".qkv" in name or ".projection" in name for name in finer)
+            assert len(finer) == {"encoder": 1 + TINY_MODEL.encoder_layers, "cross_kv": 0}.get(graph, len(finer))
             named = {tensor.name for tensor in model.graph.initializer}
             kept = {name for name in named if name.startswith("weights.") and not name.endswith((".levels", ".scales"))}
             products = {name for node in model.graph.node if node.op_type == "MatMul" for name in node.input}

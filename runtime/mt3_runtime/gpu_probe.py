@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
-import importlib.metadata
 import importlib.util
 import io
 import re
@@ -140,10 +139,12 @@ def probe_package(modules: Iterable[str], distributions: Iterable[str]) -> Packa
 
 
 def _versions(module: str, distributions: Iterable[str]) -> Iterator[Package]:
+    from importlib import metadata  # noqa: PLC0415 -- slow to import, and without a GPU there is no need
+
     for name in distributions:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found = re.search(r"-cu(\d\d)\b", name)
-            yield Package(module, importlib.metadata.version(name), int(found[1]) if found else 0)
+            yield Package(module, metadata.version(name), int(found[1]) if found else 0)
 
 
 def _missing(load: Callable[[str], Any], names: Iterable[str]) -> Iterator[str]:

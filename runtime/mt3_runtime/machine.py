@@ -5,7 +5,6 @@ Everything is read from /proc and /sys below a `root` that tests replace; what c
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import resource
@@ -14,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mt3_runtime.errors import OptionError
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
 ROOT = Path("/")
+SPIN = "MT3_SPIN"  # of the environment
 MIB = 1 << 20
 UNIFIED = ""  # the name /proc/self/cgroup gives to version 2's one tree; version 1 has a tree per controller
 
@@ -78,17 +80,35 @@ def usable_cores(root: Path = ROOT, cpus: Collection[int] | None = None) -> int:
         cpus: logical CPUs it may run on; None asks the scheduler (affinity, cpusets).
 
     Returns:
-        Physical cores among `cpus`, no more than the whole cores in the control group's CPU quota.
+        Physical cores among `cpus`, no more than the control group's CPU quota, a half rounded up.
     """
     cores = physical_cores(allowed_cpus() if cpus is None else cpus, root)
     quota = cpu_quota(root)
-    # Rounded down: a spinning thread that overruns the quota stops the whole group until the next period.
-    return cores if quota is None else max(1, min(cores, int(quota)))
+    # Measured with a quota of 1.5: two threads that sleep while they wait do more than one, though they are stopped.
+    return cores if quota is None else max(1, min(cores, int(quota + 0.5)))
 
 
 def default_threads(root: Path = ROOT) -> int:
     """Return the intra-op threads to start when nobody asked for a number: one per usable physical core."""
     return usable_cores(root)
+
+
+def may_spin(threads: int, root: Path = ROOT) -> bool:
+    """Say whether so many threads may wait for work awake: whether each has a core for itself.
+
+    A thread that spins uses up the control group's quota while it does nothing, and then all are stopped until the
+    next period; where two threads share a core, it keeps the other one from working. Nothing here tells that other
+    processes want the cores: `MT3_SPIN=0` does, and `MT3_SPIN=1` overrules what was found.
+
+    Raises:
+        OptionError: `MT3_SPIN` is something else.
+    """
+    asked = os.environ.get(SPIN, "")
+    if asked not in ("", "0", "1"):
+        raise OptionError(f"{SPIN} is {asked!r:.40}: set it to 0 or 1, or not at all")
+    quota = cpu_quota(root)
+    has_cores = threads <= physical_cores(allowed_cpus(), root) and (quota is None or threads <= quota)
+    return asked == "1" if asked else has_cores
 
 
 def allowed_cpus() -> frozenset[int]:
@@ -169,9 +189,11 @@ def package_versions(names: Collection[str] = PACKAGES) -> dict[str, str | None]
 
 
 def _version(name: str) -> str | None:
+    from importlib import metadata  # noqa: PLC0415 -- slow to import, and no transcription needs it
+
     try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
         return None
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import pretty_midi
-
 from mt3_runtime.errors import OptionError
 
 if TYPE_CHECKING:
@@ -51,6 +49,8 @@ class MidiStyle:
 
     def name_of(self, program: int) -> str:
         """The track's name, General MIDI's where the style has none."""
+        import pretty_midi  # noqa: PLC0415 -- slow to import, and nothing before the last note needs it
+
         return self.names.get(program) or str(pretty_midi.program_to_instrument_name(program))
 
 

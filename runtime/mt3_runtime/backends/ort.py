@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mt3_runtime.errors import BundleError, DependencyError, OptionError
+from mt3_runtime.backends.sessions import PROVIDER, import_onnxruntime, open_session, open_sessions
+from mt3_runtime.errors import OptionError
 from mt3_runtime.graphs import FEATURES
 from mt3_runtime.machine import default_threads
 
@@ -16,26 +16,13 @@ if TYPE_CHECKING:
 
     from mt3_runtime.arrays import FloatArray, IntArray, RowStates
     from mt3_runtime.bundle import Bundle
-    from mt3_runtime.manifest import GraphFile
     from mt3_runtime.specs import MemorySpec
 
+__all__ = ["LOWERING", "OrtBackend", "import_onnxruntime", "open_session", "without_fill"]
+
 LOWERING = "ort"
-PROVIDER = "CPUExecutionProvider"
-TYPES = {"float32": "tensor(float)", "int32": "tensor(int32)", "float16": "tensor(float16)"}
+ALONE = "int8"  # rounds by the largest number of a call: nobody else may be in it
 MEMORY_STEP = 16  # tokens of a memory are counted in these, so that ONNX Runtime meets few different shapes
-
-
-def import_onnxruntime() -> Any:
-    """The onnxruntime module.
-
-    Raises:
-        DependencyError: it is not installed.
-    """
-    try:
-        import onnxruntime  # noqa: PLC0415 -- not a base dependency: CPU and GPU builds exclude each other
-    except ImportError as error:
-        raise DependencyError(f"onnxruntime cannot be imported ({error}): pip install 'mt3-runtime[cpu]'") from None
-    return onnxruntime
 
 
 class OrtBackend:
@@ -45,7 +32,7 @@ class OrtBackend:
     batch of n without a copy, and a step writes its keys and values where they stay.
 
     Raises:
-        BundleError: see `open_session`.
+        BundleError: see `open_sessions`.
         DependencyError: onnxruntime is not installed.
         OptionError: `slots` is not positive, or `length` is not in 1..max_length of the model.
     """
@@ -70,7 +57,8 @@ class OrtBackend:
         self.threads = threads or default_threads()
         self._contracts = {spec.name: spec for spec in bundle.manifest.contracts if spec.name != FEATURES}
         entries = [bundle.graph(name, LOWERING, precision) for name in self._contracts]
-        self._sessions = {entry.graph: open_session(bundle, entry, threads=self.threads) for entry in entries}
+        self._sessions = open_sessions(bundle, entries, threads=self.threads)
+        self._alone = precision == ALONE
         self._memory, self._prefix, layers = model.memory, model.prefix_length, model.decoder_layers
         cross = (slots, model.num_heads, features.segment_frames + model.extra_context, model.d_kv)
         own = (slots, model.num_heads, self._prefix + self.length, model.d_kv)
@@ -83,8 +71,10 @@ class OrtBackend:
 
     def encode(self, features: FloatArray) -> FloatArray:
         """See `Backend.encode`."""
-        states: FloatArray = self._sessions["encoder"].run(["states"], {"features": features})[0]
-        return states
+        run = self._sessions["encoder"].run
+        groups = np.split(features, len(features)) if self._alone else [features]
+        states = [run(["states"], {"features": group})[0] for group in groups]
+        return states[0] if len(states) == 1 else np.concatenate(states)
 
     def admit(self, first: int, states: RowStates, memory: IntArray | None = None) -> None:
         """See `Backend.admit`.
@@ -101,9 +91,10 @@ class OrtBackend:
         if memory is not None and self._memory:
             inputs.append(self._recall(memory, self._memory))
         names = self._contracts["cross_kv"].input_names
-        self._fill_cross(first, count, dict(zip(names, inputs, strict=False)))  # vectors of a prefix go elsewhere
-        if self._prefix:
-            self._fill_prefix(first, inputs[1])
+        for slot, group in self._groups(first, inputs):
+            self._fill_cross(slot, len(group[0]), dict(zip(names, group, strict=False)))  # a prefix goes elsewhere
+            if self._prefix:
+                self._fill_prefix(slot, group[1])
 
     def step(self, tokens: IntArray, positions: IntArray) -> tuple[IntArray, FloatArray]:
         """See `Backend.step`."""
@@ -121,6 +112,12 @@ class OrtBackend:
             cache[target] = cache[source]
         for cache in self._own:
             cache[target, :, : self._prefix + length] = cache[source, :, : self._prefix + length]
+
+    def _groups(self, first: int, inputs: Sequence[FloatArray]) -> list[tuple[int, list[FloatArray]]]:
+        """What rows from slot `first` on are computed from, together or one by one: the first slot of each group."""
+        if not self._alone:
+            return [(first, list(inputs))]
+        return [(first + i, [array[i : i + 1] for array in inputs]) for i in range(len(inputs[0]))]
 
     def _recall(self, memory: IntArray, spec: MemorySpec) -> FloatArray:
         """Vectors of memory [rows, length, d_model], row by row: no row is computed differently for its neighbours."""
@@ -174,34 +171,3 @@ def without_fill(tokens: IntArray, memory: MemorySpec) -> IntArray:
     used = np.flatnonzero(tokens != memory.fill_token)
     written = max(memory.length, int(used[-1]) + 1 if used.size else 0)
     return tokens[: -(-written // MEMORY_STEP) * MEMORY_STEP]
-
-
-def open_session(bundle: Bundle, entry: GraphFile, *, threads: int) -> Any:
-    """An onnxruntime.InferenceSession over one verified graph and its verified weights, on the CPU.
-
-    Raises:
-        BundleError: a file is not what the manifest lists, ONNX Runtime refuses the graph, or the graph does not
-            keep its contract.
-    """
-    ort = import_onnxruntime()
-    data = bundle.read(entry.file)
-    bundle.verify(entry.weights)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
-    try:
-        # The thread that makes a process's first session computes without denormals for ever after: not the caller's.
-        with ThreadPoolExecutor(max_workers=1) as executor:
-            session = executor.submit(ort.InferenceSession, data, options, providers=[PROVIDER]).result()
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise BundleError(f"ONNX Runtime cannot load {entry.file} of {bundle.path} ({reason}): export again") from error
-    contract = next(spec for spec in bundle.manifest.contracts if spec.name == entry.graph).typed(entry.precision)
-    for nodes, tensors in ((session.get_inputs(), contract.inputs), (session.get_outputs(), contract.outputs)):
-        found = [(node.name, node.type, tuple(node.shape)) for node in nodes]
-        if found != [(tensor.name, TYPES[tensor.dtype], tensor.shape) for tensor in tensors]:
-            raise BundleError(f"{entry.file} of {bundle.path} is not the {entry.graph} graph: export again")
-    return session
