@@ -27,7 +27,7 @@ INT8_PRODUCTS = 4  # `accuracy_level`: each block of the other factor is rounded
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)  # rows of zeros are divided by it
 ROUTER = ".router"  # of experts: what it rounds away sends a token to another one
 # Of the encoder's products these cost most when their weights are rounded to 7 bits: half of its error (see the docs).
-FINER = (".projection", ".qkv")
+FINER = {"projection", "qkv"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def quantize(model: ir.Model, form: Form) -> None:
     graph = model.graph
     for node in [node for node in graph if node.op_type == "MatMul" and not node.domain]:
         matrix, name = _weights(node), str(node.inputs[1].name if node.inputs[1] else None)
-        finer = form.kind == "dynamic" and any(part in name for part in FINER)
+        finer = form.kind == "dynamic" and not FINER.isdisjoint(name.split("."))
         if matrix is not None and ROUTER not in name:
             _replace(graph, node, matrix, BLOCKS if finer else form)
     _drop_unused(graph)
