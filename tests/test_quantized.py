@@ -26,7 +26,7 @@ from mt3_runtime.errors import BundleError, DeviceError, OptionError, OutputErro
 from mt3_runtime.graphs import QUANTIZED
 from mt3_runtime.loading import load
 
-OPERATORS = {"encoder": "DynamicQuantizeMatMul", "cross_kv": "DynamicQuantizeMatMul", "decode_step": "MatMulNBits"}
+OPERATORS = {"encoder": "DynamicQuantizeMatMul", "cross_kv": "MatMulIntegerToFloat", "decode_step": "MatMulNBits"}
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,30 @@ def test_dynamic_product(gated):
     wanted = rounded @ (levels * scales).astype(np.float64) * largest
     np.testing.assert_allclose(run(model, x), wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
     assert relative_error(run(model, x)[:4], (given @ matrix)[:4]) < (0.02 if gated else 10)
+
+
+def test_shared_factor():
+    """What several products read is rounded once, to the same numbers."""
+    first, second, x = gaussian(96, 24), gaussian(96, 24, seed=2), gaussian(9, 96, seed=1)
+    alone = one_product(first)
+    both = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("MatMul", ["x", name], [f"y{name}"], name=f"product{name}") for name in "mn"]
+            + [helper.make_node("Sub", ["ym", "yn"], ["y"], name="difference")],
+            "both",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 96])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 24])],
+            [numpy_helper.from_array(first, "m"), numpy_helper.from_array(second, "n")],
+        ),
+        opset_imports=[helper.make_opsetid("", 21)],
+        ir_version=10,
+    )
+    other, shared = one_product(second), ir.from_proto(both)
+    for model in (alone, other, shared):
+        quantize(model, Form("dynamic"))
+    operators = [node.op_type for node in shared.graph]
+    assert operators == ["DynamicQuantizeLinear", "MatMulIntegerToFloat", "MatMulIntegerToFloat", "Sub"]
+    np.testing.assert_allclose(run(shared, x), run(alone, x) - run(other, x), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

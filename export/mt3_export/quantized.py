@@ -92,15 +92,39 @@ def _replace(graph: ir.Graph, product: ir.Node, matrix: FloatMatrix, form: Form)
         nodes = [_node("MatMulNBits", [x, *_constants(graph, name, levels, scales)], product, **sizes)]
         nodes[0].attributes.add(ir.AttrInt64("accuracy_level", INT8_PRODUCTS))
     else:
-        levels, scales = columns(matrix)
-        constants = _constants(graph, name, levels, scales)
-        gated = x.producer() is not None and x.producer().op_type == "Mul"  # type: ignore[union-attr]
-        nodes = _by_row(graph, x, constants, product) if gated else [
-            _node("DynamicQuantizeMatMul", [x, *constants], product)
-        ]  # fmt: skip
+        nodes = _dynamic(graph, product, x, _constants(graph, name, *columns(matrix)))
     old, new = product.outputs[0], nodes[-1].outputs[0]
     new.type, new.shape = old.type, old.shape
     ir.convenience.replace_nodes_and_values(graph, product, [product], nodes, [old], [new])
+
+
+def _dynamic(graph: ir.Graph, product: ir.Node, x: ir.Value, constants: list[ir.Value]) -> list[ir.Node]:
+    source = x.producer()
+    if source is not None and source.op_type == "Mul":
+        return _by_row(graph, x, constants, product)
+    readers = [user for user, index in x.uses() if index == 0 and user.op_type == product.op_type]
+    if len(readers) == 1 and not _is_rounded(x):
+        return [_node("DynamicQuantizeMatMul", [x, *constants], product)]
+    rounded, scale, zero = _rounded(graph, x, product)
+    return [_node("MatMulIntegerToFloat", [rounded, constants[0], scale, constants[1], zero], product)]
+
+
+def _is_rounded(x: ir.Value) -> bool:
+    return any(user.op_type == "DynamicQuantizeLinear" for user, _ in x.uses())
+
+
+def _rounded(graph: ir.Graph, x: ir.Value, product: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """What several products read, in 8 bits: rounded once for all of them."""
+    for user, _ in x.uses():
+        if user.op_type == "DynamicQuantizeLinear":
+            first, second, third = user.outputs
+            return first, second, third
+    node = ir.node("DynamicQuantizeLinear", [x], num_outputs=3, name=f"{x.name}.rounded")
+    for output, part in zip(node.outputs, ("levels", "scale", "zero"), strict=True):
+        output.name = f"{x.name}.{part}"
+    graph.insert_before(product, node)
+    first, second, third = node.outputs
+    return first, second, third
 
 
 def _by_row(graph: ir.Graph, x: ir.Value, constants: list[ir.Value], product: ir.Node) -> list[ir.Node]:
