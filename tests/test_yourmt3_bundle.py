@@ -83,13 +83,14 @@ def test_every_channel_is_decoded(folder):
 
 
 def test_quantized(folder, checkpoint, tmp_path):
-    """Experts are quantised, what chooses them is not; the channels of a segment are as they are alone."""
+    """Experts are quantised, attention and what chooses them are not."""
     bundle = open_bundle(quantize_bundle(open_bundle(folder), tmp_path / "quantized", ["int8", "w8"]))
     nodes = onnx.load(bundle.path / "encoder.int8.ort.onnx").graph.node
     exact = {name for node in nodes if node.op_type == "MatMul" for name in node.input if name.startswith("weights.")}
-    assert any(".router" in name for name in exact)
-    assert not any(".experts." in name or "query" in name for name in exact)
-    assert sum(node.op_type == "DynamicQuantizeMatMul" for node in nodes) > 3 * 4  # three of each expert, and others
+    assert all(any(part in name for name in exact) for part in (".router", ".attention.query", ".cross.value"))
+    assert not any(part in name for name in exact for part in (".up.", ".gate.", ".down.", ".projection"))
+    operators = [node.op_type for node in nodes]
+    assert operators.count("MatMulIntegerToFloat") == 2 * operators.count("DynamicQuantizeMatMul")  # up and gate, down
     reports = verify_bundle(bundle, checkpoint, segments=1, steps=6)
     assert all(report.passed for report in reports)
     sound = audio(3.0, 5)

@@ -2,85 +2,60 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 -- the name every torch user knows
 
+from mt3_export.conv_strips import StripFront
+from mt3_export.conv_weights import BlockWeights, block_weights
 from mt3_export.weights import constant
-from mt3_export.winograd import RowConv
+from mt3_export.winograd import TILE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from mt3_export.lowering import Lowering
     from mt3_export.weights import Weights
 
-BATCH_NORM_EPSILON = 1e-5
-
-
-Parts = tuple[Tensor, ...]  # an image as one array, or its even and odd rows in two
-
-
-class Conv(nn.Module):
-    """relu(conv(x) + rest) with a 3x3 kernel, on a whole image."""
-
-    def __init__(self, kernel: Tensor, bias: Tensor, ops: Lowering) -> None:
-        super().__init__()
-        self.ops, self.kernel, self.bias = ops, constant(kernel), constant(bias)
-
-    def forward(self, parts: Parts, rest: Parts | None = None) -> Parts:
-        y = self.ops.convolve(parts[0], self.kernel, self.bias, padding=1)
-        return ((y if rest is None else y + rest[0]).relu(),)
+POOL = 2  # bins that every block makes one of
 
 
 class ConvBlock(nn.Module):
-    """pool(relu(conv(relu(conv(x))) + shortcut(x))): [n, channels, frames, bins] -> half the bins.
+    """`BlockWeights`: [n, channels, frames, bins] -> half the bins."""
 
-    The statistics of both batch norms are part of the convolutions. The shortcut is a 1x1 convolution where the
-    number of channels changes; its bias is added to the second convolution's.
-    """
-
-    def __init__(self, weights: Weights, conv: Callable[[Tensor, Tensor], Conv | RowConv], ops: Lowering) -> None:
+    def __init__(self, weights: BlockWeights, ops: Lowering) -> None:
         super().__init__()
         self.ops = ops
-        self.first = conv(*folded(weights, "conv1", "bn1"))
-        kernel, bias = folded(weights, "conv2", "bn2")
-        self.shortcut = None
-        if "shortcut.weight" in weights:
-            self.shortcut = constant(weights.exact("shortcut.weight"))
-            bias = bias + weights.exact("shortcut.bias")
-        self.second = conv(kernel, bias)
+        self.first, self.first_bias = constant(weights.first), constant(weights.first_bias)
+        self.second, self.second_bias = constant(weights.second), constant(weights.second_bias)
+        self.shortcut = None if weights.shortcut is None else constant(weights.shortcut)
 
-    def forward(self, parts: Parts) -> Parts:
-        rest = parts if self.shortcut is None else tuple(self.ops.convolve(x, self.shortcut) for x in parts)
-        return tuple(F.avg_pool2d(x, (1, 2)) for x in self.second(self.first(parts), rest))
+    def forward(self, x: Tensor) -> Tensor:
+        rest = x if self.shortcut is None else self.ops.convolve(x, self.shortcut)
+        y = self.ops.convolve(x, self.first, self.first_bias, padding=1).relu()
+        y = self.ops.convolve(y, self.second, self.second_bias, padding=1) + rest
+        return F.avg_pool2d(y.relu(), (1, POOL))
 
 
-class Front(nn.Module):
-    """All blocks: features [segments, frames, bins] -> [segments, channels, frames, bins / 8]."""
+class ImageFront(nn.Module):
+    """All blocks on whole images."""
 
-    def __init__(self, weights: Weights, frames: int, ops: Lowering) -> None:
+    def __init__(self, blocks: list[BlockWeights], ops: Lowering) -> None:
         super().__init__()
         self.ops = ops
-        self.apart = ops.winograd and frames % 2 == 0
-        conv = RowConv if self.apart else functools.partial(Conv, ops=ops)
-        self.blocks = nn.ModuleList(ConvBlock(weights.below(str(i)), conv, ops) for i in range(weights.count()))
+        self.blocks = nn.ModuleList(ConvBlock(block, ops) for block in blocks)
 
     def forward(self, features: Tensor) -> Tensor:
-        image = self.ops.narrow(features.unsqueeze(1))
-        parts = (image[:, :, 0::2], image[:, :, 1::2]) if self.apart else (image,)
+        x = self.ops.narrow(features.unsqueeze(1))
         for block in self.blocks:
-            parts = block(parts)
-        return torch.stack(parts, 3).flatten(2, 3)
+            x = block(x)
+        return x.transpose(1, 2)
 
 
-def folded(weights: Weights, conv: str, norm: str) -> tuple[Tensor, Tensor]:
-    """Kernel and bias, in float64, of a convolution and the batch norm behind it."""
-    gain, bias, mean, variance = (
-        weights.exact(f"{norm}.{part}") for part in ("weight", "bias", "running_mean", "running_var")
-    )
-    scale = gain / (variance + BATCH_NORM_EPSILON).sqrt()
-    return weights.exact(f"{conv}.weight") * scale[:, None, None, None], bias - mean * scale
+def conv_front(weights: Weights, frames: int, bins: int, ops: Lowering) -> ImageFront | StripFront:
+    """All blocks: features [segments, frames, bins] -> [segments, frames, channels, bins / 8].
+
+    In strips where there are fewer products worth more sums, and every block's columns make whole tiles.
+    """
+    blocks = [block_weights(weights.below(str(i))) for i in range(weights.count())]
+    whole = bins % (TILE * POOL ** (len(blocks) - 1)) == 0
+    return StripFront(blocks, frames, bins) if ops.winograd and whole else ImageFront(blocks, ops)

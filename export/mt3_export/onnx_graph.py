@@ -117,13 +117,12 @@ def _quiet() -> Iterator[None]:
 def _tidy(model: ir.Model, spec: GraphSpec) -> None:
     """Unname outputs that nobody reads, and drop what only a debugger wants."""
     graph = model.graph
-    kept = set(graph.outputs)
-    for node in graph:
+    for node in graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None
         for output in node.outputs:
             output.metadata_props.clear()
-            if not output.uses() and output not in kept:
+            if not output.uses() and not output.is_graph_output():
                 output.name = ""
                 output.shape = None
     for value in (*graph.inputs, *graph.outputs):

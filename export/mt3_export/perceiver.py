@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mt3_export.conv_block import Front
+from mt3_export.conv_block import conv_front
 from mt3_export.experts import Experts
 from mt3_export.lowering import Eager
 from mt3_export.perceiver_attention import CrossAttention, Norm, Rotation, SelfAttention, normalised
@@ -132,7 +132,7 @@ class PerceiverEncoder(nn.Module):
         every = Weights(tensors)
         front, weights = every.below("pre_encoder.0.blocks"), every.below("encoder")
         self.frames, self.channels, self.kind = features.segment_frames, model.channels, design.norm
-        self.front = Front(front, self.frames, ops)
+        self.front = conv_front(front, self.frames, features.bins, ops)
         latents = weights.exact("latent_array.latents")
         turns = rotations(weights, len(latents), self.frames)
         below, sizes = weights.below("blocks"), (len(latents), self.frames)
@@ -146,7 +146,7 @@ class PerceiverEncoder(nn.Module):
         self.register_buffer("first_query", first.exact_queries(latents).float())
 
     def forward(self, features: Tensor) -> Tensor:
-        spectrum = self.front(features).transpose(1, 2)  # [segments, frames, channels, bins]
+        spectrum = self.front(features)  # [segments, frames, channels, bins]
         spectrum = self.ops.narrow(normalised(self.ops.widen(spectrum), self.kind)).flatten(0, 1)
         count, width = self.latents.shape[1:]
         shape = (features.shape[0], self.frames, count, width)

@@ -25,7 +25,8 @@ DYNAMIC_LARGEST = 64
 LONGEST_BLOCK, SHORTEST_BLOCK = 128, 16  # of numbers that share a scale; the operator takes powers of two
 INT8_PRODUCTS = 4  # `accuracy_level`: each block of the other factor is rounded to 8 bits, by its own largest number
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)  # rows of zeros are divided by it
-ROUTER = ".router"  # of experts: what it rounds away sends a token to another one
+# Of PerceiverTF: what they round away sends tokens to other experts, and they are a twentieth of the time.
+KEPT = {"router", "attention", "cross"}
 # Of the encoder's products these cost most when their weights are rounded to 7 bits: half of its error (see the docs).
 FINER = {"projection", "qkv"}
 
@@ -62,9 +63,9 @@ def quantize(model: ir.Model, form: Form) -> None:
     """Replace every product with a matrix of weights in `model`, a graph of lowering `ort` in fp32."""
     graph = model.graph
     for node in [node for node in graph if node.op_type == "MatMul" and not node.domain]:
-        matrix, name = _weights(node), str(node.inputs[1].name if node.inputs[1] else None)
-        finer = form.kind == "dynamic" and not FINER.isdisjoint(name.split("."))
-        if matrix is not None and ROUTER not in name:
+        matrix, parts = _weights(node), str(node.inputs[1].name if node.inputs[1] else None).split(".")
+        finer = form.kind == "dynamic" and not FINER.isdisjoint(parts)
+        if matrix is not None and KEPT.isdisjoint(parts):
             _replace(graph, node, matrix, BLOCKS if finer else form)
     _drop_unused(graph)
     model.opset_imports.setdefault(CONTRIB, 1)
