@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from mt3_export import cli as export_cli
 from mt3_runtime import cli
 from mt3_runtime.bundle import demo_bundle_path, demo_clip_path
-from mt3_runtime.demo import read_midi
 from mt3_runtime.errors import OutputError
 from mt3_runtime.files import atomic_write
+from mt3_runtime.midi_reading import read_midi
 
 RATE = 16_000
 
@@ -333,7 +333,7 @@ def test_demo_f1_is_mir_evals(capsys, tmp_path):
     """The figure the demo prints, computed by the library of the field from the file the demo wrote."""
     _, out, _ = run(capsys, "demo", "--output-dir", tmp_path)
     notes = json.loads((tmp_path / "demo.json").read_text())["notes"]
-    reference = read_midi(demo_clip_path() / "reference.mid")
+    reference = read_midi(demo_clip_path() / "reference.mid").notes
     matched = 0
     for drums in (False, True):
         found = [(n["onset"], n["offset"], n["pitch"]) for n in notes if n["is_drum"] is drums]

@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001 -- argparse names it no other way
 
-FAILED, INTERRUPTED = 2, 130
+DIFFERENT, FAILED, INTERRUPTED = 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for an error that was explained, 130 when interrupted."""
+    """Run the command line; returns the exit code.
+
+    Returns:
+        0, 1 for files that differ, 2 for an error that was explained, 130 when interrupted.
+    """
     arguments = build_parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command
     return report_errors("mt3-run", lambda: command(arguments))
@@ -53,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_demo(commands)
     _add_engines(commands)
+    _add_diff(commands)
     return parser
 
 
@@ -62,6 +67,19 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
     return number
+
+
+def _count(text: str) -> int:
+    """A whole number of at least 0, for argparse."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is less than 0")
+    return number
+
+
+def _velocities(text: str) -> int | None:
+    """A tolerance or off, for argparse."""
+    return None if text == "off" else _count(text)
 
 
 def _device(text: str) -> str:
@@ -209,6 +227,31 @@ def _add_engines(commands: Commands) -> None:
     parser.set_defaults(command=_engines)
 
 
+def _add_diff(commands: Commands) -> None:
+    parser = commands.add_parser("diff", help="what differs between two MIDI files; exit code 1 if anything does")
+    parser.add_argument("a", type=Path, metavar="A.mid", help="the reference")
+    parser.add_argument("b", type=Path, metavar="B.mid")
+    parser.add_argument(
+        "--onset-tolerance", type=float, default=50, metavar="MS", help="between onsets of one note (default: 50)"
+    )
+    parser.add_argument(
+        "--offset-tolerance", type=float, default=50, metavar="MS", help="between offsets, at least (default: 50)"
+    )
+    parser.add_argument(
+        "--offset-ratio", type=float, default=0.2, metavar="R", help="or so much of A's duration (default: 0.2)"
+    )
+    parser.add_argument("--offsets", choices=("on", "off"), default="on", help="compare offsets (default: on)")
+    parser.add_argument("--programs", choices=("on", "off"), default="on", help="compare programs (default: on)")
+    parser.add_argument(
+        "--velocities", type=_velocities, metavar="N", help="compare velocities, which may be N apart (default: off)"
+    )
+    parser.add_argument("--f1", type=float, metavar="F1", help="exit code 0 if the onset F1 is at least that, else 1")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="piano roll of both over each other")
+    parser.add_argument("--limit", type=_count, default=30, metavar="N", help="differences to list (default: 30)")
+    parser.add_argument("--json", action="store_true", help="all of it as one JSON object on standard output")
+    parser.set_defaults(command=_diff)
+
+
 # Each command imports what it needs, so that `mt3-run --help` answers at once and `doctor` runs where others cannot.
 
 
@@ -266,3 +309,11 @@ def _engines(arguments: argparse.Namespace) -> int:
 
     print(engines(arguments))
     return 0
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from mt3_runtime.diff_command import diff_files  # noqa: PLC0415
+
+    text, agree = diff_files(arguments)
+    print(text)
+    return 0 if agree else DIFFERENT

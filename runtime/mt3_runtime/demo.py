@@ -8,14 +8,15 @@ from mt3_runtime.bundle import demo_clip_path
 from mt3_runtime.errors import OutputError
 from mt3_runtime.files import atomic_write
 from mt3_runtime.loading import load
-from mt3_runtime.notes import Note, sort_notes
+from mt3_runtime.midi_reading import read_midi
 from mt3_runtime.picture import draw_piano_roll
 from mt3_runtime.scoring import onset_f1
 
 if TYPE_CHECKING:
-    import os
+    from collections.abc import Sequence
     from pathlib import Path
 
+    from mt3_runtime.notes import Note
     from mt3_runtime.transcription import Transcription
 
 
@@ -35,7 +36,7 @@ def run_demo(folder: Path) -> str:
     except OSError as error:
         raise OutputError(f"cannot create folder {folder} ({error.strerror}): choose another --output-dir") from error
     transcription = load().transcribe(clip / "clip.flac")
-    reference = read_midi(clip / "reference.mid")
+    reference = read_midi(clip / "reference.mid").notes
     title = f"demo clip: {len(transcription.notes)} notes found, {len(reference)} in the reference"
     picture = draw_piano_roll(transcription.notes, reference=reference, duration=transcription.duration, title=title)
     files = [folder / f"demo.{suffix}" for suffix in ("mid", "json", "png")]
@@ -45,26 +46,7 @@ def run_demo(folder: Path) -> str:
     return _report(transcription, reference, files)
 
 
-def read_midi(path: str | os.PathLike[str]) -> list[Note]:
-    """Notes of a MIDI file, in canonical order."""
-    import pretty_midi  # noqa: PLC0415 -- slow to import, and only the demo reads MIDI
-
-    midi = pretty_midi.PrettyMIDI(str(path))
-    return sort_notes(
-        Note(
-            float(note.start),
-            float(note.end),
-            int(note.pitch),
-            int(note.velocity),
-            0 if track.is_drum else int(track.program),
-            bool(track.is_drum),
-        )
-        for track in midi.instruments
-        for note in track.notes
-    )
-
-
-def _report(transcription: Transcription, reference: list[Note], files: list[Path]) -> str:
+def _report(transcription: Transcription, reference: Sequence[Note], files: list[Path]) -> str:
     provenance = transcription.provenance
     total, notes = sum(provenance.stage_seconds.values()), len(transcription.notes)
     f1 = onset_f1(transcription.notes, reference)

@@ -19,6 +19,7 @@ from mt3_runtime.scoring import match_onsets
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
+    from mt3_runtime.note_diff import NoteDiff, Pair
     from mt3_runtime.notes import Note
 
 PIXELS_PER_SECOND = 120
@@ -32,6 +33,8 @@ FAMILY_COLOURS = (
 )  # fmt: skip
 DRUM_COLOUR = "#454b54"
 MISSED_COLOUR = "#d62728"
+ONLY_A_COLOUR, ONLY_B_COLOUR = MISSED_COLOUR, "#1f6fd6"
+SAME_COLOUR, CHANGED_COLOUR, OTHER_PROGRAM_COLOUR = "#9aa3ad", "#f2a516", "#b65fd3"
 INK, FAINT_INK, GRID, BLACK_KEY, PAPER = "#22262b", "#6b737c", "#dde1e6", "#f3f5f7", "#ffffff"
 
 ROW = 8  # pixels of one semitone
@@ -91,6 +94,46 @@ def draw_piano_roll(
     return sheet.png()
 
 
+def draw_differences(diff: NoteDiff, *, title: str = "") -> bytes:
+    """Draw two sets of notes over each other, coloured by what differs between them.
+
+    Grey notes are in both and agree. Amber ones (violet ones, if the program is another) are B's and differ from
+    A's, which are outlined. Red notes are only in A, blue ones only in B. Where two that are not the same sound at
+    one pitch, the later one fills the lower half.
+
+    Returns:
+        The PNG file.
+
+    Raises:
+        DependencyError: Pillow is not installed.
+    """
+    changed = diff.changed
+    colours = [_pair_colour(pair) for pair in diff.pairs]
+    bars = [(pair.b if pair.differs else pair.a, colour) for pair, colour in zip(diff.pairs, colours, strict=True)]
+    bars += [(single.note, ONLY_A_COLOUR) for single in diff.only_a]
+    bars += [(single.note, ONLY_B_COLOUR) for single in diff.only_b]
+    bars.sort(key=lambda bar: (bar[0].onset, bar[0].pitch, bar[1]))
+    legend = [
+        (f"same in A and B: {colours.count(SAME_COLOUR)}", SAME_COLOUR),
+        (f"another program: {colours.count(OTHER_PROGRAM_COLOUR)}", OTHER_PROGRAM_COLOUR),
+        (f"another offset or velocity: {colours.count(CHANGED_COLOUR)}", CHANGED_COLOUR),
+        (f"only in A: {len(diff.only_a)}", ONLY_A_COLOUR),
+        (f"only in B: {len(diff.only_b)}", ONLY_B_COLOUR),
+    ]
+    summary = ("outlines: A's note where B's is another" if changed else "") if bars else "no notes"
+    outlined = [pair.a for pair in changed]
+    sheet = _Sheet([*(note for note, _ in bars), *outlined], 0.0, title, summary, legend)
+    sheet.fill_bars((note, colour, colour) for note, colour in bars)
+    sheet.draw_outlines(outlined, range(len(outlined)))
+    return sheet.png()
+
+
+def _pair_colour(pair: Pair) -> str:
+    if "program" in pair.differs:
+        return OTHER_PROGRAM_COLOUR
+    return CHANGED_COLOUR if pair.differs else SAME_COLOUR
+
+
 @dataclass(frozen=True)
 class _Layout:
     """Where things are, in pixels. `pitches` and `drums` are the rows, from top to bottom."""
@@ -139,7 +182,14 @@ class _Layout:
 class _Sheet:
     """The picture while it is drawn; grid, labels and legend come first."""
 
-    def __init__(self, notes: Sequence[Note], duration: float, title: str, summary: str) -> None:
+    def __init__(
+        self,
+        notes: Sequence[Note],
+        duration: float,
+        title: str,
+        summary: str,
+        legend: Sequence[tuple[str, str]] | None = None,  # names and colours; by default those of the instruments
+    ) -> None:
         image_module, draw_module, font_module = _pillow()
         self._title_font, self._font = font_module.load_default(18), font_module.load_default(12)
         drums = tuple(sorted({note.pitch for note in notes if note.is_drum}, reverse=True))
@@ -147,31 +197,40 @@ class _Sheet:
         roll_width = round(min(max(seconds * PIXELS_PER_SECOND, MIN_ROLL_WIDTH), MAX_ROLL_WIDTH))
         names = [*map(_drum_name, drums), "C-1"]
         left = MARGIN + math.ceil(max(map(self._font.getlength, names))) + 8
-        legend = self._wrap(_families(notes), left + roll_width - MARGIN)
-        heading = (LINE + 4) * bool(title) + LINE * (len(legend) + bool(summary))
+        lines = self._wrap(_families(notes) if legend is None else legend, left + roll_width - MARGIN)
+        heading = (LINE + 4) * bool(title) + LINE * (len(lines) + bool(summary))
         self._at = _Layout(left, MARGIN + heading + 6, roll_width, seconds, _pitch_rows(notes), drums)
         self._image = image_module.new("RGB", (self._at.right + MARGIN, self._at.bottom + 34), PAPER)
         self._draw = draw_module.Draw(self._image, "RGBA")
         self._draw_rows()
         self._draw_times()
-        self._draw_heading(title, legend, summary)
+        self._draw_heading(title, lines, summary)
 
     def draw_bars(self, notes: Sequence[Note], solid: Collection[int]) -> None:
-        """Fill a bar for each note; those whose index is not in `solid` are pale.
+        """Fill a bar for each note; those whose index is not in `solid` are pale."""
+        colours = [DRUM_COLOUR if note.is_drum else FAMILY_COLOURS[note.program // 8] for note in notes]
+        self.fill_bars(
+            (note, colour if index in solid else colour + "60", None if note.is_drum else note.program)
+            for index, (note, colour) in enumerate(zip(notes, colours, strict=True))
+        )
 
-        Where another instrument already sounds at the same pitch, only the lower half is filled.
+    def fill_bars(self, bars: Iterable[tuple[Note, str, object]]) -> None:
+        """Fill a bar for each note, in the order of onsets, with a colour.
+
+        Where a note of another kind already sounds at the same pitch, only the lower half is filled.
+
+        Args:
+            bars: Note, colour, and kind.
         """
-        sounding: dict[int, Note] = {}
-        for index, note in enumerate(notes):
-            colour = DRUM_COLOUR if note.is_drum else FAMILY_COLOURS[note.program // 8]
+        sounding: dict[tuple[bool, int], tuple[float, object]] = {}
+        for note, colour, kind in bars:
             left, top, right, bottom = self._at.box(note)
-            if not note.is_drum:
-                other = sounding.setdefault(note.pitch, note)
-                if other.offset > note.onset and other.program != note.program:
-                    top = (top + bottom + 1) // 2
-                else:
-                    sounding[note.pitch] = note
-            self._draw.rectangle((left, top, right, bottom), fill=colour if index in solid else colour + "60")
+            until, other = sounding.setdefault((note.is_drum, note.pitch), (note.offset, kind))
+            if until > note.onset and other != kind:
+                top = (top + bottom + 1) // 2
+            else:
+                sounding[note.is_drum, note.pitch] = note.offset, kind
+            self._draw.rectangle((left, top, right, bottom), fill=colour)
 
     def draw_outlines(self, reference: Sequence[Note], met: Collection[int]) -> None:
         """Outline each reference note, red with a tint where its index is not in `met`."""
