@@ -93,9 +93,9 @@ def test_the_text_hides_nothing(written):
     assert all(name in text for which in ("only_old", "only_new") for name in found[which])
     line = next(line for line in text.splitlines() if "encode_s" in line)
     assert line.split() == ["encode_s", "0.8", "0.4", "0.500"]
-    assert "nothing else differs" not in text
+    assert "nothing else that is recorded differs" not in text
     same = compare(measured(OLD), measured(OLD), written(OLD))
-    assert compare_lines(same)[-1] == "  nothing else differs"
+    assert compare_lines(same)[-1] == "  nothing else that is recorded differs"
 
 
 def test_medians_of_the_first_command_of_bench_against(written):
@@ -141,6 +141,7 @@ def test_figures_of_lengths_songs_and_streams(written):
         "", "{", "\0", "[]", "3", '"words"', "null", "{}", '{"encode_s": "fast"}', '{"encode_s": true}',
         '{"encode_s": NaN}', '{"encode_s": Infinity}', '{"encode_s": -1}', '{"encode_s": 0}', '{"runs": {}}',
         '{"runs": {"a": []}}', '{"runs": {"a": 3}}', '{"runs": {"a": [3]}}', '{"runs": {"a": [{}]}}',
+        '{"runs": [3]}', '{"runs": [{"encode_s": 1}]}',
         '{"decode_ms_per_step": {"1": []}}', '{"lengths": 4}', '{"lengths": {"given": 4}}', "[" * 100_000,
         '{"encode_s": ' + "9" * 400 + "}", '{"encode_s": ' + "9" * 5000 + "}", '{"encode_s": 1e400}',
     ],

@@ -207,6 +207,14 @@ def test_half_precision_has_a_fallback_and_full_precision_needs_none(world):
     assert world.choose("cpu").fallback is None
 
 
+def test_quantised_runs_on_the_cpu_whatever_gpu_there_is(world):
+    world.bundle = halved(world.bundle, "ort", precisions=("int8",))
+    choice = world.choose("auto", "int8")
+    assert (choice.backend.device, choice.backend.precision) == ("cpu", "int8")
+    assert choice.reason == "int8 is for the CPU"
+    assert choice.fallback is None
+
+
 @pytest.mark.parametrize("asked", ["int8", "w8", "w4"])
 def test_quantised_is_for_the_cpu(tiny_bundle, asked):
     bundle = halved(tiny_bundle, "cuda", "ort", precisions=("fp16", asked))

@@ -71,7 +71,7 @@ def encoded(**options):
         ),
         (encoded(ticks_per_beat=0x1000).replace(b"\x10\x00", b"\xe7\x28"), "SMPTE"),
         (encoded()[:10] + b"\0\0\1\xe0", "it has no events"),
-        (encoded().replace(b"\x09\x80", b"\xff\xff\xff\x7f\x80").replace(b"\0\0\0\x0c", b"\0\0\0\x0f"), "no sense"),
+        (encoded().replace(b"\x09\x80", b"\xff\xff\xff\x7f\x80").replace(b"\0\0\0\x0c", b"\0\0\0\x0f"), "000 ticks"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, data, said, capsys):

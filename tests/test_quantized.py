@@ -25,6 +25,7 @@ from mt3_runtime.bundle import open_bundle
 from mt3_runtime.errors import BundleError, DeviceError, OptionError, OutputError
 from mt3_runtime.graphs import QUANTIZED
 from mt3_runtime.loading import load
+from mt3_runtime.version import __version__
 
 OPERATORS = {"encoder": "DynamicQuantizeMatMul", "cross_kv": "MatMulIntegerToFloat", "decode_step": "MatMulNBits"}
 
@@ -175,7 +176,10 @@ def test_what_is_not_replaced():
 
 def test_bundle(quantized, tiny_bundle):
     manifest = open_bundle(quantized).manifest
-    assert replace(manifest, graphs=(), files={}) == replace(tiny_bundle.manifest, graphs=(), files={})
+    tools = manifest.origin.tools
+    assert tools == tiny_bundle.manifest.origin.tools | {"quantizer": f"mt3-runtime {__version__}"}
+    bare = {"graphs": (), "files": {}, "origin": manifest.origin}
+    assert replace(manifest, **bare) == replace(tiny_bundle.manifest, **bare)
     assert set(tiny_bundle.manifest.graphs) < set(manifest.graphs)
     assert tiny_bundle.manifest.files.items() < manifest.files.items()
     of = {(entry.precision, entry.graph): entry for entry in manifest.graphs if entry.lowering == "ort"}
@@ -228,6 +232,38 @@ def test_rows_alone(quantized, precision):
         alone = decode([row])[:, 0]
         assert np.array_equal(alone[:, 0], together[:, row, 0])
         np.testing.assert_allclose(alone[:, 1], together[:, row, 1], atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", QUANTIZED)
+def test_no_number_is_made_of_none(quantized, precision):
+    """A row whose states hold one that is not finite fails wherever it stands, and no other."""
+    backend = OrtBackend(open_bundle(quantized), slots=3, threads=1, precision=precision)
+    features = gaussian(3, TINY_FEATURES.segment_frames, TINY_FEATURES.bins)
+    states = backend.encode(features)[:, 0]
+    states[2, 100, 5] = np.inf
+    backend.admit(0, states)
+    tokens = np.zeros(3, np.int32)
+    assert np.isnan(backend.step(tokens, tokens)[1]).tolist() == [False, False, True]
+    backend.move(2, 0, 1)
+    assert np.isnan(backend.step(tokens[:2], tokens[:2] + 1)[1]).tolist() == [True, False]
+    backend.admit(0, backend.encode(features[:1])[:, 0])
+    assert np.isfinite(backend.step(tokens[:2], tokens[:2])[1]).all()
+
+
+@pytest.mark.parametrize("precision", QUANTIZED)
+def test_head_sees_what_is_no_number(quantized, precision):
+    """One that appears in the decoder, here in the table of positions, is found in its step."""
+    model = onnx.load(quantized / f"decode_step.{precision}.ort.onnx")
+    [table] = [tensor for tensor in model.graph.initializer if tensor.name == "weights.positions"]
+    positions = numpy_helper.to_array(table).copy()
+    positions[7] = np.nan
+    table.CopyFrom(numpy_helper.from_array(positions, table.name))
+    session = import_onnxruntime().InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    sizes = {"rows": 2, "length": 16}
+    shapes = {value.name: [sizes.get(size, size) for size in value.shape] for value in session.get_inputs()}
+    feeds = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    feeds |= {"token": np.zeros(2, np.int32), "position": np.array([3, 7], np.int32)}
+    assert np.isnan(session.run(["log_prob"], feeds)[0]).tolist() == [False, True]
 
 
 def test_verify(quantized, tiny_checkpoint):
@@ -288,6 +324,14 @@ def test_command(tiny_folder, tmp_path, capsys):
     assert held == {"fp32", "w8", "w4"}
     assert main(["quantize", str(tiny_folder), "--precision", "w5", "--output", str(tmp_path / "newer")]) == 2
     assert "'w5'" in capsys.readouterr().err
+
+
+def test_without_its_packages(tiny_folder, tmp_path):
+    code = "import sys; sys.modules['onnx_ir'] = None; from mt3_export.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["quantize", tiny_folder, "--output", tmp_path / "new"]
+    found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert "onnx_ir cannot be imported: pip install 'mt3-runtime[quantize]'" in found.stderr
 
 
 def test_without_torch(tiny_folder, tmp_path):

@@ -336,6 +336,25 @@ def test_rows_that_are_known_take_no_slot(tiny_bundle):
     assert sum(isinstance(call, Stepped) for call in busy.backend.calls) == 3
 
 
+def test_rows_that_are_known_leave_free_slots_to_others(tiny_bundle):
+    busy = listener(tiny_bundle, {5: [7, 8, END], 6: [9, 8, END]}, slots=2)
+    said = np.array([TIE], np.int32)
+    loud = [Row(key, np.full((1, 1), key, np.float32)) for key in (5, 6)]
+    rows = [Row(0, None, known=said), loud[0], Row(1, None, known=said), loud[1]]
+    assert {row.key for row in decode_rows(busy.backend, rows, busy.rules)} == {0, 1, 5, 6}
+    assert sum(isinstance(call, Stepped) for call in busy.backend.calls) == 3  # side by side from the first
+
+
+def test_a_long_silence_is_told_bit_by_bit(tiny_bundle):
+    busy = listener(tiny_bundle, {}, slots=2)
+    said, drawn = np.array([TIE], np.int32), []
+    rows = (drawn.append(key) or Row(key, None, known=said) for key in range(1000))
+    first = next(decode_rows(busy.backend, rows, busy.rules))
+    assert first.key == 0
+    assert len(drawn) <= 64
+    assert len(list(decode_rows(busy.backend, (Row(key, None, known=said) for key in range(1000)), busy.rules))) == 1000
+
+
 # ---- the default: what the demo model says of silence ---------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from mt3_export.published import PUBLISHED
 from mt3_export.settings import FAMILY
 from mt3_export.yourmt3_models import MODELS as YOURMT3
 from mt3_runtime.cli import positive, report_errors
-from mt3_runtime.errors import CheckpointError, OptionError
+from mt3_runtime.errors import CheckpointError, DependencyError, OptionError
 from mt3_runtime.specs import MT3_FRONTENDS, POSITION_BASES
 from mt3_runtime.version import __version__
 
@@ -185,9 +185,12 @@ def _bundle(arguments: argparse.Namespace) -> int:
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
-    from mt3_export.quantize_bundle import quantize_bundle  # noqa: PLC0415
     from mt3_runtime.bundle import open_bundle  # noqa: PLC0415
 
+    try:
+        from mt3_export.quantize_bundle import quantize_bundle  # noqa: PLC0415
+    except ImportError as error:
+        raise DependencyError(f"{error.name} cannot be imported: pip install 'mt3-runtime[quantize]'") from None
     quantize_bundle(open_bundle(arguments.bundle), arguments.output, arguments.precision)
     print(f"{arguments.output}: {arguments.bundle} and {', '.join(arguments.precision)}", file=sys.stderr)
     return 0

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import onnx
+import onnx_ir as ir
 
 from mt3_runtime.bundle import open_bundle
 from mt3_runtime.specs import MT3_FRONTENDS
@@ -84,6 +85,6 @@ def inspect_bundle(path: Path) -> Inspection:
 
 
 def _operators(data: bytes) -> dict[str, int]:
-    nodes = onnx.load_model_from_string(data).graph.node
+    nodes = ir.from_proto(onnx.load_model_from_string(data)).graph.all_nodes()  # those of loops and branches too
     names = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in nodes)
     return dict(names.most_common())

@@ -14,6 +14,7 @@ from mt3_export.weights_file import WeightsFile
 from mt3_runtime.errors import BundleError, OptionError
 from mt3_runtime.graphs import QUANTIZED
 from mt3_runtime.manifest import GraphFile
+from mt3_runtime.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -39,11 +40,15 @@ def quantize_bundle(bundle: Bundle, output: Path, precisions: Iterable[str]) -> 
     wanted = _wanted(bundle, precisions)
     with new_folder(output) as folder:
         for file in bundle.manifest.files:
-            shutil.copyfile(bundle.verify(file), folder / file)
+            shutil.copyfile(bundle.path / file, folder / file, follow_symlinks=False)
+        if records(folder) != bundle.manifest.files:
+            raise BundleError(f"{bundle.path} is not what the manifest lists (changed or cut off): copy it again")
         entries = list(bundle.manifest.graphs)
         for precision in wanted:
             entries += write_quantized(folder, entries, precision)
-        finish(folder, replace(bundle.manifest, graphs=tuple(entries), files=records(folder)))
+        origin = bundle.manifest.origin
+        origin = replace(origin, tools={**origin.tools, "quantizer": f"mt3-runtime {__version__}"})
+        finish(folder, replace(bundle.manifest, graphs=tuple(entries), files=records(folder), origin=origin))
     return output
 
 

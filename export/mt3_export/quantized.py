@@ -28,6 +28,8 @@ SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)  # rows of zeros are divided 
 # Of PerceiverTF: what they round away sends tokens to other experts, and they are a twentieth of the time.
 KEPT = {"router", "attention", "cross"}
 # Of the encoder's products these cost most when their weights are rounded to 7 bits: half of its error (see the docs).
+PRODUCTS = {"MatMulNBits", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"}
+HEAD, LOG_PROB = "weights.head", "log_prob"
 FINER = {"projection", "qkv"}
 
 
@@ -47,7 +49,7 @@ class Form:
     block: int = LONGEST_BLOCK
 
 
-DYNAMIC, BLOCKS = Form("dynamic"), Form("blocks")
+DYNAMIC, BLOCKS, FOUR_BITS = Form("dynamic"), Form("blocks"), Form("blocks", bits=4)
 # What each precision does to each graph; the others are those of fp32.
 FORMS: Mapping[Precision, Mapping[str, Form]] = {
     "int8": {
@@ -55,7 +57,7 @@ FORMS: Mapping[Precision, Mapping[str, Form]] = {
         "decode_step": BLOCKS,
     },
     "w8": {"decode_step": BLOCKS},
-    "w4": {"decode_step": Form("blocks", bits=4, block=128)},
+    "w4": {"decode_step": FOUR_BITS},
 }
 
 
@@ -67,8 +69,29 @@ def quantize(model: ir.Model, form: Form) -> None:
         finer = form.kind == "dynamic" and not FINER.isdisjoint(parts)
         if matrix is not None and KEPT.isdisjoint(parts):
             _replace(graph, node, matrix, BLOCKS if finer else form)
+    _keep_watch(graph)
     _drop_unused(graph)
     model.opset_imports.setdefault(CONTRIB, 1)
+
+
+def _keep_watch(graph: ir.Graph) -> None:
+    """Let `log_prob` be NaN where the head reads a number that is not finite: its rounding makes one of it."""
+    products = [node for node in graph if node.op_type in PRODUCTS]
+    heads = [node for node in products if HEAD in str(node.inputs[1].name if node.inputs[1] else None)]
+    position = next((i for i, output in enumerate(graph.outputs) if output.name == LOG_PROB), None)
+    read = heads[0].inputs[0] if heads else None
+    if read is None or position is None:
+        return
+    log_prob = graph.outputs[position]
+    zero = _constant(graph, "no_number", np.array(0.0, np.float32))
+    axes = _constant(graph, "all_of_a_row", np.array([1, 2], np.int64))
+    nought = _node("Mul", [read, zero], heads[0], "nought", domain="")  # 0 times what is not finite is NaN
+    found = _node("ReduceSum", [nought.outputs[0], axes], heads[0], "found", domain="", keepdims=0)
+    log_prob.name = f"{LOG_PROB}.of_logits"
+    told = _node("Add", [log_prob, found.outputs[0]], heads[0], "told", domain="")
+    told.outputs[0].name, told.outputs[0].type, told.outputs[0].shape = LOG_PROB, log_prob.type, log_prob.shape
+    graph.outputs[position] = told.outputs[0]
+    graph.extend([nought, found, told])
 
 
 def _weights(product: ir.Node) -> FloatMatrix | None:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._higher_order_ops.scan import scan_op  # `scan` compiles what it is given, which takes seconds
 from torch.utils import _pytree as pytree
 
 from mt3_export.weights import constant
@@ -122,6 +121,9 @@ def each_strip(function: Callable[..., Tensor], arrays: tuple[Tensor, ...], *who
     def step(*flat: Tensor) -> tuple[Tensor]:
         strip, same = flat[: len(arrays)], pytree.tree_unflatten(list(flat[len(arrays) :]), structure)
         return (function(*strip, *same),)
+
+    # Not the public `scan`, which compiles what it is given: that takes seconds. Here, as torch may move it.
+    from torch._higher_order_ops.scan import scan_op  # noqa: PLC0415
 
     results: tuple[Tensor] = scan_op(step, (), arrays, tuple(given))
     return results[0]

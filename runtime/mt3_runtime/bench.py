@@ -20,7 +20,7 @@ from mt3_runtime.devices import encode_group
 from mt3_runtime.errors import OptionError
 from mt3_runtime.launches import is_device, launching
 from mt3_runtime.loading import load
-from mt3_runtime.machine import describe_machine, package_versions, peak_rss_mb
+from mt3_runtime.machine import describe_machine, may_spin, package_versions, peak_rss_mb
 from mt3_runtime.memory import first_ids, first_memory
 from mt3_runtime.piece import alone
 from mt3_runtime.rows import DecodingRules, Row
@@ -171,6 +171,7 @@ def _circumstances(transcriber: Transcriber) -> dict[str, Any]:
         "provider": backend.provider,
         "precision": backend.precision,
         "threads": backend.threads,
+        "spinning": may_spin(backend.threads) if backend.device == "cpu" else None,
         "device_reason": transcriber.device_reason,
         "notices": list(transcriber.notices),
         "gpu": getattr(backend, "gpu_name", None),

@@ -21,11 +21,11 @@ FIGURES = (
 )  # fmt: skip
 LENGTHS, LENGTH_RUNS, LENGTH_FIGURES = "lengths", ("given", "long_alone", "all_long"), ("admit_s", "decode_s")
 CIRCUMSTANCES = (
-    "cpu", "gpu", "device", "provider", "precision", "threads", "slots", "model", "bundle_sha256",
+    "cpu", "gpu", "device", "provider", "precision", "threads", "spinning", "slots", "model", "bundle_sha256",
     "segments", "steps", "repeat", "songs", "streams", "notices",
 )  # fmt: skip
 FIX = "give one that mt3-run bench --json or scripts/bench_against wrote"
-HIDDEN = 80  # characters of a value that a table shows
+SHOWN = 80  # characters of a value that a table shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,8 @@ def read_result(path: Path) -> Measured:
         raise OptionError(f"--compare {str(path)!r:.200} cannot be read ({reason}): {FIX}") from None
     _require(isinstance(data, dict), path, "is not one JSON object")
     runs = data.get("runs")
-    if isinstance(runs, dict):
-        runs = next(iter(runs.values()), None)
+    if runs is not None:
+        runs = next(iter(runs.values()), None) if isinstance(runs, dict) else None
         _require(isinstance(runs, list) and all(isinstance(run, dict) for run in runs), path, "lists no runs")
     results = [measured(run) for run in (runs if isinstance(runs, list) else [data])]
     figures = _middle([result.figures for result in results])
@@ -146,13 +146,15 @@ def compare_lines(compared: dict[str, Any]) -> list[str]:
         only = compared[f"only_{name}"]
         lines += [f"  only in the {name} one: {', '.join(map(_shown, only))}"] if only else []
     if not compared["differs"]:
-        return [*lines, "  nothing else differs"]
+        return [*lines, "  nothing else that is recorded differs"]
     lines.append("  what else differs:")
-    lines += [f"    {name}: {_shown(row['old'])} -> {_shown(row['new'])}" for name, row in compared["differs"].items()]
+    lines += [
+        f"    {_shown(name)}: {_shown(row['old'])} -> {_shown(row['new'])}" for name, row in compared["differs"].items()
+    ]
     return lines
 
 
 def _shown(value: object) -> str:
     plain = isinstance(value, str) and value.isprintable()
     text = "unknown" if value is None else str(value) if plain else json.dumps(value)
-    return text if len(text) <= HIDDEN else f"{text[: HIDDEN - 3]}..."
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."

@@ -61,6 +61,8 @@ def choose(wish: Wish) -> Choice:
     """
     if wish.device.kind != "auto":
         return _on(wish)
+    if wish.precision in QUANTIZED:
+        return _on_cpu(wish, f"{wish.precision} is for the CPU")
     if not reachable():
         return _on_cpu(wish, "no NVIDIA GPU can be reached")
     refused: list[str] = []

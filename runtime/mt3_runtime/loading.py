@@ -13,6 +13,7 @@ from mt3_runtime.choosing import PRECISIONS, Wish, choose
 from mt3_runtime.devices import parse_device
 from mt3_runtime.errors import OptionError
 from mt3_runtime.families import check_options
+from mt3_runtime.machine import may_spin
 from mt3_runtime.memory import first_memory
 from mt3_runtime.silence import silence_rule
 
@@ -42,7 +43,8 @@ def load(
         bundle: folder made by `mt3-export bundle`.
         device: "cpu", "cuda", "tensorrt" or "tensorrt-rtx", of several GPUs with a number as in "cuda:1": there or
             nowhere. "auto": the best of them that can be used; `Transcriber.device_reason` says why.
-        precision: "fp32", "fp16" or "bf16"; "auto" is half precision on a GPU if the bundle has it.
+        precision: "fp32", "fp16" or "bf16" on a GPU, "fp32", "int8", "w8" or "w4" on the CPU; "auto" is half precision
+            on a GPU if the bundle has it, and fp32 on the CPU.
         slots: rows decoded side by side (a segment is one row, or one for each of its channels); by default what
             suits the model and the device (`default_slots`). On a GPU without memory for them half as many, and so on.
         threads: of the CPU; by default one for every core this process may use.
@@ -64,6 +66,7 @@ def load(
     for name, value in (("slots", slots), ("threads", threads)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise OptionError(f"{name} is {value!r}: give a whole number of 1 or more")
+    may_spin(1)  # that its variable can be read is found out before any work
     silence = silence_rule(skip_silence, strict_upstream=strict_upstream)
     opened = open_bundle(demo_bundle_path() if bundle is None else bundle)
     check_options(opened.manifest.model, strict_upstream=strict_upstream, fine_programs=fine_programs)

@@ -80,7 +80,8 @@ def usable_cores(root: Path = ROOT, cpus: Collection[int] | None = None) -> int:
         cpus: logical CPUs it may run on; None asks the scheduler (affinity, cpusets).
 
     Returns:
-        Physical cores among `cpus`, no more than the control group's CPU quota, a half rounded up.
+        Physical cores among `cpus`, no more than the control group's CPU quota, a half rounded up: of a quota of 1.5
+        two threads make more than one.
     """
     cores = physical_cores(allowed_cpus() if cpus is None else cpus, root)
     quota = cpu_quota(root)

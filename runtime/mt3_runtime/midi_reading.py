@@ -21,6 +21,7 @@ SIZE_LIMIT = 64 << 20  # bytes
 # What mido and pretty_midi raise over damaged files.
 DAMAGE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 FIX = "give a MIDI file of type 0 or 1"
+TICKS = 10_000_000  # more are no file to pretty_midi; see `midi.py` for how long that is
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,8 @@ def _unsuitable(file: mido.MidiFile) -> str:
         return f"its tracks have no time in common (type {file.type})"
     if file.ticks_per_beat <= 0:
         return "it counts time in frames (SMPTE), not in beats"
+    if any(sum(message.time for message in track) > TICKS for track in file.tracks):
+        return f"it lasts longer than the {TICKS:,} ticks that pretty_midi reads"
     return "" if file.tracks else "it has no events"
 
 

@@ -60,8 +60,8 @@ def silence_rule(asked: str | float, *, strict_upstream: bool = False) -> Silenc
     if isinstance(asked, str) and asked in named:
         return named[asked]
     try:
-        level = float(asked)
-    except (TypeError, ValueError):
+        level = float(asked.removesuffix(" dBFS") if isinstance(asked, str) else asked)
+    except (TypeError, ValueError, OverflowError):
         level = math.nan
     if isinstance(asked, bool) or not math.isfinite(level):
         raise OptionError(

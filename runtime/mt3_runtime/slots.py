@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from mt3_runtime.backends import DeviceBackend
 
 
+KNOWN_AT_ONCE = 64  # rows that are known, taken in one go: an hour of silence is told bit by bit
+
+
 @dataclass(slots=True, eq=False)
 class Live(Generic[Key]):
     """One attempt at a row. `attempt` counts from 1; `seconds` over all attempts.
@@ -61,18 +64,21 @@ class Queue(Generic[Key]):
     is_empty: bool = False
 
     def take(self, count: int) -> list[Live[Key]]:
-        """At most `count` rows that are ready now."""
+        """At most `count` rows that are ready now, and those between them that are known."""
         taken = [self.again.pop() for _ in range(min(count, len(self.again)))]
-        rows = [] if len(taken) == count else self.source
-        for row in rows:
+        room, known = count - len(taken), 0
+        self.is_dry = room > 0
+        for row in self.source if room else ():
             if row is None:
                 break
             taken.append(Live(row, attempt=1))
-            if len(taken) == count:
+            known += row.known is not None
+            room -= row.known is None
+            if not room or known == KNOWN_AT_ONCE:
+                self.is_dry = False
                 break
         else:
-            self.is_empty = len(taken) < count
-        self.is_dry = len(taken) < count
+            self.is_empty = room > 0
         return [live for live in taken if self.wanted(live.row.key)]  # of those taken first, too: it may change
 
 

@@ -14,11 +14,11 @@ from onnx import TensorProto, helper, numpy_helper
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-CONTRIB, BLOCK = "com.microsoft", 32
+CONTRIB, BLOCK = "com.microsoft", 128
 MATMUL, DYNAMIC, NBITS = "MatMul", "DynamicQuantizeMatMul", "MatMulNBits"
 ONE_ROW = "ONNX Runtime MatMul of one row"
 SPIN_US = "1000"  # workers that wait for longer sleep, or the next product would have to share the cores with them
-SEVEN_BITS = 63  # weights up to here cannot saturate where products are summed in pairs of 16 bits
+SEVEN_BITS = 64  # weights up to here cannot saturate where products are summed in pairs of 16 bits
 Sizes = tuple[int, int, int]  # rows, inner, columns
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from mt3_runtime.backends.sessions import PROVIDER, import_onnxruntime, open_session, open_sessions
 from mt3_runtime.errors import OptionError
-from mt3_runtime.graphs import FEATURES
+from mt3_runtime.graphs import FEATURES, QUANTIZED
 from mt3_runtime.machine import default_threads
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ class OrtBackend:
         self._inputs = {name: np.zeros(slots, np.int32) for name in ("token", "position")}
         self._next_token, self._log_prob = np.zeros(slots, np.int32), np.zeros(slots, np.float32)
         self._bindings: dict[int, tuple[Any, list[Any]]] = {}
+        # Rounding to 8 bits makes numbers of what is none: such rows are known by their states alone.
+        self._hides, self._broken = precision in QUANTIZED, np.zeros(slots, bool)
 
     def encode(self, features: FloatArray) -> FloatArray:
         """See `Backend.encode`."""
@@ -90,6 +92,8 @@ class OrtBackend:
         inputs = [np.ascontiguousarray(states, np.float32)]
         if memory is not None and self._memory:
             inputs.append(self._recall(memory, self._memory))
+        if self._hides:
+            self._broken[first : first + count] = ~np.isfinite(inputs[0]).all((1, 2))
         names = self._contracts["cross_kv"].input_names
         for slot, group in self._groups(first, inputs):
             self._fill_cross(slot, len(group[0]), dict(zip(names, group, strict=False)))  # a prefix goes elsewhere
@@ -104,10 +108,12 @@ class OrtBackend:
         if count not in self._bindings:
             self._bindings[count] = self._bind(count)
         self._sessions["decode_step"].run_with_iobinding(self._bindings[count][0])
+        self._log_prob[:count][self._broken[:count]] = np.nan
         return self._next_token[:count], self._log_prob[:count]
 
     def move(self, source: int, target: int, length: int) -> None:
         """See `Backend.move`."""
+        self._broken[target] = self._broken[source]
         for cache in self._cross:
             cache[target] = cache[source]
         for cache in self._own:
