@@ -253,8 +253,9 @@ def test_memories(memory, graph, ops):
 def test_precisions():
     assert checked_precisions(["fp32"]) == ("fp32",)
     assert checked_precisions(["bf16", "fp16", "bf16"]) == ("fp32", "fp16", "bf16")
-    with pytest.raises(OptionError, match=r"^unknown precision 'int8': use fp32, fp16, bf16"):
-        checked_precisions(["fp32", "int8"])
+    assert checked_precisions(["w4", "int8", "fp16"]) == ("fp32", "fp16", "int8", "w4")
+    with pytest.raises(OptionError, match=r"^unknown precision 'int4': use fp32, fp16, bf16, int8, w8, w4"):
+        checked_precisions(["fp32", "int4"])
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):

@@ -121,22 +121,22 @@ def profiled(tmp_path, model, **inputs):
     return run.nodes
 
 
-SIZE = (4, 64, 32)  # rows, inner, columns
+SIZE = (4, 256, 32)  # rows, inner, columns
 
 
 @pytest.mark.parametrize(
     ("make", "kind", "weights"),
     [
-        (products.plain, "fp32", 4 * 64 * 32),
-        (products.dynamic, "int8", 64 * 32 + 32 * 4 + 32),
-        (lambda size: products.blocked(size, 8), "int8", 64 * 32 + 2 * 32 * 4),
-        (lambda size: products.blocked(size, 4), "int8", 64 * 32 // 2 + 2 * 32 * 4),
+        (products.plain, "fp32", 4 * 256 * 32),
+        (products.dynamic, "int8", 256 * 32 + 32 * 4 + 32),
+        (lambda size: products.blocked(size, 8), "int8", 256 * 32 + 2 * 32 * 4),
+        (lambda size: products.blocked(size, 4), "int8", 256 * 32 // 2 + 2 * 32 * 4),
     ],
 )
 def test_products_by_hand(tmp_path, make, kind, weights):
     model = make(SIZE)
-    nodes = profiled(tmp_path, model, x=np.ones((4, 64), np.float32))
-    assert operations(nodes, {}, 0) == {kind: 2 * 4 * 64 * 32}
+    nodes = profiled(tmp_path, model, x=np.ones((4, 256), np.float32))
+    assert operations(nodes, {}, 0) == {kind: 2 * 4 * 256 * 32}
     assert weight_bytes(onnx.load_from_string(model)) == weights
 
 

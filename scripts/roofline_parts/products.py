@@ -103,14 +103,15 @@ def dynamic(size: Sizes) -> bytes:
 def blocked(size: Sizes, bits: int) -> bytes:
     """The same with weights of 8 or 4 bits, a scale for every block of a column, computed in int8."""
     _, inner, columns = size
-    blocks = inner // BLOCK
+    block = min(BLOCK, inner)
+    blocks = inner // block
     constants = {
-        "matrix": np.random.default_rng(1).integers(0, 256, (columns, blocks, BLOCK * bits // 8), np.uint8),
+        "matrix": np.random.default_rng(1).integers(0, 256, (columns, blocks, block * bits // 8), np.uint8),
         "scale": np.full((columns, blocks), 0.01, np.float32),
     }
     node = helper.make_node(
         NBITS, ["x", *constants], ["y"], domain=CONTRIB,
-        K=inner, N=columns, bits=bits, block_size=BLOCK, accuracy_level=4,
+        K=inner, N=columns, bits=bits, block_size=block, accuracy_level=4,
     )  # fmt: skip
     return _model(size, node, constants)
 
