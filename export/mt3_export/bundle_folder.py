@@ -15,7 +15,7 @@ from mt3_runtime.errors import BundleError, OutputError
 from mt3_runtime.manifest import MANIFEST_LIMIT, MANIFEST_NAME, FileRecord, read_manifest, write_manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from mt3_runtime.manifest import Manifest
@@ -34,9 +34,9 @@ def finish(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST_NAME).write_bytes(text)
 
 
-def records(folder: Path) -> dict[str, FileRecord]:
-    """What a manifest says of the files in `folder`."""
-    return {path.name: _record(path) for path in sorted(folder.iterdir())}
+def records(paths: Iterable[Path]) -> dict[str, FileRecord]:
+    """What a manifest says of files, by name and in the order of names."""
+    return {path.name: _record(path) for path in sorted(paths)}
 
 
 def _record(path: Path) -> FileRecord:

@@ -83,7 +83,7 @@ def export_bundle(
             vocabulary=VOCABULARIES[checkpoint.model.family],
             contracts=_contracts(checkpoint, graphs),
             graphs=graphs,
-            files=records(folder),
+            files=records(folder.iterdir()),
             origin=origin,
         )
         finish(folder, manifest)

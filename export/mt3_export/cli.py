@@ -75,28 +75,22 @@ def _add_bundle(commands: Commands) -> None:
     )
     _add_checkpoint_options(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to create")
-    parser.add_argument(
-        "--precision",
-        type=lambda text: text.split(","),
-        default=["fp32"],
-        metavar="LIST",
-        help="with commas: fp32 (always); fp16, bf16 (for GPUs); int8, w8, w4 (for the CPU)",
-    )
+    _add_precisions(parser, "fp32", "with commas: fp32 (always); fp16, bf16 (for GPUs); int8, w8, w4 (for the CPU)")
     parser.add_argument("--weights", choices=("fp32", "fp16"), default="fp32", help="how matrices are stored")
     parser.add_argument("--notice", default="", help="a line shown to everyone who uses the bundle")
     parser.set_defaults(command=_bundle)
 
 
+def _add_precisions(parser: argparse.ArgumentParser, default: str, text: str) -> None:
+    parser.add_argument(
+        "--precision", type=lambda listed: listed.split(","), default=[default], metavar="LIST", help=text
+    )
+
+
 def _add_quantize(commands: Commands) -> None:
     parser = commands.add_parser("quantize", help="add graphs of 8 or 4 bits to a bundle; needs no checkpoint")
     parser.add_argument("bundle", type=Path, metavar="DIR")
-    parser.add_argument(
-        "--precision",
-        type=lambda text: text.split(","),
-        default=["int8"],
-        metavar="LIST",
-        help="with commas: int8 (all products), w8, w4 (the decoder's); default: int8",
-    )
+    _add_precisions(parser, "int8", "with commas: int8 (all products), w8, w4 (the decoder's); default: int8")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to create")
     parser.set_defaults(command=_quantize)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from mt3_export.bundle_folder import finish, new_folder, records
-from mt3_export.quantized import FORMS, quantize
+from mt3_export.quantized import form_of, quantize
 from mt3_export.weights_file import WeightsFile
 from mt3_runtime.errors import BundleError, OptionError
 from mt3_runtime.graphs import QUANTIZED
@@ -41,14 +41,16 @@ def quantize_bundle(bundle: Bundle, output: Path, precisions: Iterable[str]) -> 
     with new_folder(output) as folder:
         for file in bundle.manifest.files:
             shutil.copyfile(bundle.path / file, folder / file, follow_symlinks=False)
-        if records(folder) != bundle.manifest.files:
+        if records(folder.iterdir()) != bundle.manifest.files:
             raise BundleError(f"{bundle.path} is not what the manifest lists (changed or cut off): copy it again")
         entries = list(bundle.manifest.graphs)
         for precision in wanted:
             entries += write_quantized(folder, entries, precision)
         origin = bundle.manifest.origin
         origin = replace(origin, tools={**origin.tools, "quantizer": f"mt3-runtime {__version__}"})
-        finish(folder, replace(bundle.manifest, graphs=tuple(entries), files=records(folder), origin=origin))
+        written = (path for path in folder.iterdir() if path.name not in bundle.manifest.files)
+        files = dict(sorted((bundle.manifest.files | records(written)).items()))
+        finish(folder, replace(bundle.manifest, graphs=tuple(entries), files=files, origin=origin))
     return output
 
 
@@ -76,7 +78,7 @@ def write_quantized(folder: Path, entries: Sequence[GraphFile], precision: Preci
     weights = WeightsFile(folder / f"weights.{precision}.bin", "fp32")
     try:
         for source in sources:
-            form = FORMS[precision].get(source.graph)
+            form = form_of(precision, source.graph)
             if form is None:
                 yield replace(source, precision=precision)
                 continue

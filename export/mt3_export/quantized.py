@@ -28,9 +28,9 @@ SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)  # rows of zeros are divided 
 # Of PerceiverTF: what they round away sends tokens to other experts, and they are a twentieth of the time.
 KEPT = {"router", "attention", "cross"}
 # Of the encoder's products these cost most when their weights are rounded to 7 bits: half of its error (see the docs).
+FINER = {"projection", "qkv"}
 PRODUCTS = {"MatMulNBits", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"}
 HEAD, LOG_PROB = "weights.head", "log_prob"
-FINER = {"projection", "qkv"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +41,11 @@ class Form:
     with in a call: for graphs that are run for one segment, one row at a time.
     "blocks": `MatMulNBits`. A scale for every block of a column, and one for every block of a row of the other factor:
     no row depends on another one.
-    `bits` of the weights, `block` at most so many.
+    `bits` of the weights.
     """
 
     kind: Literal["dynamic", "blocks"]
     bits: Literal[4, 8] = 8
-    block: int = LONGEST_BLOCK
 
 
 DYNAMIC, BLOCKS, FOUR_BITS = Form("dynamic"), Form("blocks"), Form("blocks", bits=4)
@@ -59,6 +58,11 @@ FORMS: Mapping[Precision, Mapping[str, Form]] = {
     "w8": {"decode_step": BLOCKS},
     "w4": {"decode_step": FOUR_BITS},
 }
+
+
+def form_of(precision: Precision, graph: str) -> Form | None:
+    """What a precision does to a graph; None if it leaves it as it is, or quantises nothing."""
+    return FORMS.get(precision, {}).get(graph)
 
 
 def quantize(model: ir.Model, form: Form) -> None:
@@ -111,7 +115,7 @@ def _replace(graph: ir.Graph, product: ir.Node, matrix: FloatMatrix, form: Form)
     if x is None or name is None:
         raise TypeError(f"{product.name} has no inputs")
     if form.kind == "blocks":
-        size, levels, scales = blocks(matrix, form.bits, form.block)
+        size, levels, scales = blocks(matrix, form.bits, LONGEST_BLOCK)
         sizes = {"K": matrix.shape[0], "N": matrix.shape[1], "bits": form.bits, "block_size": size}
         nodes = [_node("MatMulNBits", [x, *_constants(graph, name, levels, scales)], product, **sizes)]
         nodes[0].attributes.add(ir.AttrInt64("accuracy_level", INT8_PRODUCTS))
@@ -126,29 +130,21 @@ def _dynamic(graph: ir.Graph, product: ir.Node, x: ir.Value, constants: list[ir.
     source = x.producer()
     if source is not None and source.op_type == "Mul":
         return _by_row(graph, x, constants, product)
+    rounding = next((user for user, _ in x.uses() if user.op_type == "DynamicQuantizeLinear"), None)
     readers = [user for user, index in x.uses() if index == 0 and user.op_type == product.op_type]
-    if len(readers) == 1 and not _is_rounded(x):
+    if rounding is None and len(readers) == 1:
         return [_node("DynamicQuantizeMatMul", [x, *constants], product)]
-    rounded, scale, zero = _rounded(graph, x, product)
+    rounded, scale, zero = (rounding or _rounding(graph, x, product)).outputs
     return [_node("MatMulIntegerToFloat", [rounded, constants[0], scale, constants[1], zero], product)]
 
 
-def _is_rounded(x: ir.Value) -> bool:
-    return any(user.op_type == "DynamicQuantizeLinear" for user, _ in x.uses())
-
-
-def _rounded(graph: ir.Graph, x: ir.Value, product: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """What several products read, in 8 bits: rounded once for all of them."""
-    for user, _ in x.uses():
-        if user.op_type == "DynamicQuantizeLinear":
-            first, second, third = user.outputs
-            return first, second, third
+def _rounding(graph: ir.Graph, x: ir.Value, first: ir.Node) -> ir.Node:
+    """What several products read, in 8 bits: rounded once for all of them, before the first."""
     node = ir.node("DynamicQuantizeLinear", [x], num_outputs=3, name=f"{x.name}.rounded")
     for output, part in zip(node.outputs, ("levels", "scale", "zero"), strict=True):
         output.name = f"{x.name}.{part}"
-    graph.insert_before(product, node)
-    first, second, third = node.outputs
-    return first, second, third
+    graph.insert_before(first, node)
+    return node
 
 
 def _by_row(graph: ir.Graph, x: ir.Value, constants: list[ir.Value], product: ir.Node) -> list[ir.Node]:

@@ -14,7 +14,7 @@ import torch
 
 from mt3_export.lowering import Eager
 from mt3_export.network import build_modules
-from mt3_export.quantized import BLOCKS, DYNAMIC, FORMS, FOUR_BITS, Form
+from mt3_export.quantized import BLOCKS, DYNAMIC, FOUR_BITS, Form, form_of
 from mt3_export.reference import Comparison, Reference
 from mt3_export.weights_file import stored_weights
 from mt3_runtime.backends.ort import open_session
@@ -127,7 +127,7 @@ def verify_bundle(
         if ran:
             session = open_session(bundle, entry, threads=torch.get_num_threads())
             spec = contracts[entry.graph].typed(entry.precision)
-            together = FORMS.get(entry.precision, {}).get(entry.graph) != DYNAMIC
+            together = form_of(entry.precision, entry.graph) != DYNAMIC
             reference.run(entry.graph, _Runner(session, spec, together=together), compare)
         form = (entry.graph, entry.lowering, entry.precision)
         tokens, equal, ties = compare.counts
@@ -151,12 +151,12 @@ def _verify_features(bundle: Bundle, segments: int, seed: int) -> list[GraphRepo
 
 def _is_of_fp32(entry: GraphFile) -> bool:
     """Whether it is a graph of fp32 that a quantised precision leaves as it is."""
-    return entry.precision in QUANTIZED and entry.graph not in FORMS[entry.precision]
+    return entry.precision in QUANTIZED and form_of(entry.precision, entry.graph) is None
 
 
 def _limit(entry: GraphFile, checkpoint: Checkpoint) -> float:
     routed = entry.graph == "encoder" and checkpoint.design is not None and checkpoint.design.chosen > 0
-    form = FORMS.get(entry.precision, {}).get(entry.graph)
+    form = form_of(entry.precision, entry.graph)
     if form:
         return ROUTED_QUANTIZED_LIMIT if routed else QUANTIZED_LIMIT[form]
     factor = ROUTED_FACTOR if routed and entry.precision != "fp32" else 1

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from mt3_runtime.graphs import Precision
     from mt3_runtime.manifest import Manifest
 
-PRECISIONS = ("auto", "fp32", "fp16", "bf16", *QUANTIZED)
 FASTEST_FIRST: tuple[Precision, ...] = ("fp16", "bf16", "fp32")
 FALLBACK_SLOTS = 1  # rows that fail are few
 

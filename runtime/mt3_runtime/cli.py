@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mt3_runtime.devices import KINDS, parse_device
 from mt3_runtime.errors import Mt3Error
-from mt3_runtime.graphs import QUANTIZED
+from mt3_runtime.graphs import PRECISIONS
 from mt3_runtime.silence import silence_rule
 from mt3_runtime.version import __version__
 
@@ -110,7 +110,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--precision",
-        choices=("auto", "fp32", "fp16", "bf16", *QUANTIZED),
+        choices=("auto", *PRECISIONS),
         default="auto",
         help="of the numbers (default: auto, fp32 on a CPU, half precision on a GPU if the bundle has it)",
     )

@@ -11,13 +11,14 @@ vectors of memory, keys and values) have that type, see `GraphSpec.typed`; what 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
     from mt3_runtime.specs import FeatureSpec, MemorySpec, ModelSpec
 
 DType = Literal["float32", "float16", "bfloat16", "int32"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "w8", "w4"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 QUANTIZED: tuple[Precision, ...] = ("int8", "w8", "w4")  # weights of 8 or 4 bits, on the CPU
 HALVES: dict[Precision, DType] = {  # what stays on the device between graphs
     "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", **dict.fromkeys(QUANTIZED, "float32"),

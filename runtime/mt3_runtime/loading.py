@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Literal, cast
 import numpy as np
 
 from mt3_runtime.bundle import DEMO_NAME, demo_bundle_path, open_bundle
-from mt3_runtime.choosing import PRECISIONS, Wish, choose
+from mt3_runtime.choosing import Wish, choose
 from mt3_runtime.devices import parse_device
 from mt3_runtime.errors import OptionError
 from mt3_runtime.families import check_options
-from mt3_runtime.machine import may_spin
+from mt3_runtime.graphs import PRECISIONS
+from mt3_runtime.machine import asked_to_spin
 from mt3_runtime.memory import first_memory
 from mt3_runtime.silence import silence_rule
 
@@ -61,12 +62,13 @@ def load(
         OutOfMemoryError: the device has no memory for a single slot.
     """
     asked = parse_device(device)
-    if precision not in PRECISIONS:
-        raise OptionError(f"precision {precision!r:.40} does not exist: use one of {', '.join(PRECISIONS)}")
+    known = ("auto", *PRECISIONS)
+    if precision not in known:
+        raise OptionError(f"precision {precision!r:.40} does not exist: use one of {', '.join(known)}")
     for name, value in (("slots", slots), ("threads", threads)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise OptionError(f"{name} is {value!r}: give a whole number of 1 or more")
-    may_spin(1)  # that its variable can be read is found out before any work
+    asked_to_spin()  # that its variable can be read is found out before any work
     silence = silence_rule(skip_silence, strict_upstream=strict_upstream)
     opened = open_bundle(demo_bundle_path() if bundle is None else bundle)
     check_options(opened.manifest.model, strict_upstream=strict_upstream, fine_programs=fine_programs)

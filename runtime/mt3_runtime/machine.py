@@ -94,6 +94,18 @@ def default_threads(root: Path = ROOT) -> int:
     return usable_cores(root)
 
 
+def asked_to_spin() -> bool | None:
+    """Return what `MT3_SPIN` asks for; None if it is not set.
+
+    Raises:
+        OptionError: it is neither 0 nor 1.
+    """
+    asked = os.environ.get(SPIN, "")
+    if asked not in ("", "0", "1"):
+        raise OptionError(f"{SPIN} is {asked!r:.40}: set it to 0 or 1, or not at all")
+    return asked == "1" if asked else None
+
+
 def may_spin(threads: int, root: Path = ROOT) -> bool:
     """Say whether so many threads may wait for work awake: whether each has a core for itself.
 
@@ -104,12 +116,11 @@ def may_spin(threads: int, root: Path = ROOT) -> bool:
     Raises:
         OptionError: `MT3_SPIN` is something else.
     """
-    asked = os.environ.get(SPIN, "")
-    if asked not in ("", "0", "1"):
-        raise OptionError(f"{SPIN} is {asked!r:.40}: set it to 0 or 1, or not at all")
+    asked = asked_to_spin()
+    if asked is not None:
+        return asked
     quota = cpu_quota(root)
-    has_cores = threads <= physical_cores(allowed_cpus(), root) and (quota is None or threads <= quota)
-    return asked == "1" if asked else has_cores
+    return threads <= physical_cores(allowed_cpus(), root) and (quota is None or threads <= quota)
 
 
 def allowed_cpus() -> frozenset[int]:
