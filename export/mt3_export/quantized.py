@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import onnx_ir as ir
 
+from mt3_export.products import products, weights_of
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Mapping
 
     from mt3_runtime.graphs import Precision
 
@@ -65,17 +67,24 @@ def form_of(precision: Precision, graph: str) -> Form | None:
     return FORMS.get(precision, {}).get(graph)
 
 
-def quantize(model: ir.Model, form: Form) -> None:
-    """Replace every product with a matrix of weights in `model`, a graph of lowering `ort` in fp32."""
+def quantize(model: ir.Model, form: Form, keep: Container[str] = ()) -> None:
+    """Replace products with a matrix of weights in `model`, a graph of lowering `ort` in fp32, but for those of `keep`.
+
+    See `mt3_export.products` for their names.
+    """
     graph = model.graph
-    for node in [node for node in graph if node.op_type == "MatMul" and not node.domain]:
-        matrix, parts = _weights(node), str(node.inputs[1].name if node.inputs[1] else None).split(".")
-        finer = form.kind == "dynamic" and not FINER.isdisjoint(parts)
-        if matrix is not None and KEPT.isdisjoint(parts):
-            _replace(graph, node, matrix, BLOCKS if finer else form)
+    for name, node in quantizable(graph).items():
+        if name not in keep:
+            finer = form.kind == "dynamic" and not FINER.isdisjoint(name.split("."))
+            _replace(graph, node, weights_of(node), BLOCKS if finer else form)
     _keep_watch(graph)
     _drop_unused(graph)
     model.opset_imports.setdefault(CONTRIB, 1)
+
+
+def quantizable(graph: ir.Graph) -> dict[str, ir.Node]:
+    """The products that 8 or 4 bits change, by name."""
+    return {name: node for name, node in products(graph).items() if KEPT.isdisjoint(name.split("."))}
 
 
 def _keep_watch(graph: ir.Graph) -> None:
@@ -96,17 +105,6 @@ def _keep_watch(graph: ir.Graph) -> None:
     told.outputs[0].name, told.outputs[0].type, told.outputs[0].shape = LOG_PROB, log_prob.type, log_prob.shape
     graph.outputs[position] = told.outputs[0]
     graph.extend([nought, found, told])
-
-
-def _weights(product: ir.Node) -> FloatMatrix | None:
-    """The matrix [in, out] that a product reads, be it stored in half; None if it is no weight."""
-    value = product.inputs[1]
-    producer = value.producer() if value is not None else None
-    if producer is not None and producer.op_type == "Cast":
-        value = producer.inputs[0]
-    if value is None or value.const_value is None or len(value.const_value.shape) != 2:
-        return None
-    return value.const_value.numpy().astype(np.float32)
 
 
 def _replace(graph: ir.Graph, product: ir.Node, matrix: FloatMatrix, form: Form) -> None:
