@@ -12,11 +12,13 @@ from mt3_export.trt_network import one_line, parse
 from mt3_runtime.engine_cache import Built
 from mt3_runtime.engine_key import FLAGS, EngineKey
 from mt3_runtime.errors import BundleError, DeviceError, OptionError
+from mt3_runtime.graphs import FEATURES
 from mt3_runtime.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mt3_export.mixed_plan import MixedPlan
     from mt3_export.recipes import EnginePlan
     from mt3_export.trt_network import Parsed
     from mt3_runtime.bundle import Bundle
@@ -58,9 +60,11 @@ def check_targets(trt: Any, backend: TrtName, wanted: Sequence[str]) -> tuple[st
     return tuple(dict.fromkeys(wanted))
 
 
-def engine_key(bundle: Bundle, plan: EnginePlan, target: Target) -> EngineKey:
-    """What the engine of a plan depends on."""
+def engine_key(bundle: Bundle, plan: EnginePlan, target: Target, mixed: MixedPlan | None = None) -> EngineKey:
+    """What the engine of a plan depends on; `mixed` says which products of it stay in float32."""
     files, host = bundle.manifest.files, target.host
+    sums = () if whole_products(target) else ("products as sums",)
+    kept = (f"plan {mixed.label}",) if mixed and plan.spec.name != FEATURES else ()
     return EngineKey(
         graph=plan.spec.name,
         graph_sha256=files[plan.file.file].sha256,
@@ -75,13 +79,20 @@ def engine_key(bundle: Bundle, plan: EnginePlan, target: Target) -> EngineKey:
         gpu=host.gpu if host else "",
         cuda=host.cuda if host else "",
         driver=host.driver if host else "",
-        flags=FLAGS if whole_products(target) else (*FLAGS, "products as sums"),
+        flags=(*FLAGS, *sums, *kept),
         version=__version__,
     )
 
 
-def build_engine(trt: Any, bundle: Bundle, plan: EnginePlan, target: Target) -> Built:
+def build_engine(trt: Any, bundle: Bundle, plan: EnginePlan, target: Target, mixed: MixedPlan | None = None) -> Built:
     """Parse, check and build one engine, with a report.
+
+    Args:
+        trt: the module of TensorRT or TensorRT-RTX.
+        bundle: holds the graph.
+        plan: which graph, and its sizes.
+        target: what to build for.
+        mixed: which products stay in float32.
 
     Raises:
         BundleError: the graph cannot be parsed, or its types were changed.
@@ -92,7 +103,7 @@ def build_engine(trt: Any, bundle: Bundle, plan: EnginePlan, target: Target) -> 
     builder = trt.Builder(logger)
     if builder is None:  # pragma: no cover -- TensorRT without a GPU
         raise DeviceError(f"TensorRT cannot start ({_problems(logger)}): run mt3-run doctor")
-    graph = ready_graph(bundle, plan, sums=not whole_products(target))
+    graph = ready_graph(bundle, plan, sums=not whole_products(target), mixed=mixed)
     parsed = parse(trt, builder, logger, graph)
     config = builder.create_builder_config()
     _configure(trt, config, target)

@@ -12,7 +12,8 @@ import onnx
 import torch
 
 from mt3_export.experts import expand_experts
-from mt3_export.typed_weights import write_types
+from mt3_export.kept_products import keep_products
+from mt3_export.typed_weights import check_range, write_types
 from mt3_runtime.errors import BundleError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
+    from mt3_export.mixed_plan import MixedPlan
     from mt3_runtime.graphs import GraphSpec, TensorSpec
 
 OPSET = 24
@@ -29,11 +31,17 @@ PREFIX = "weights"  # initializers are named `weights.{parameter}`, apart from e
 TRACE_SIZES = {"segments": 2, "rows": 3, "length": 48, "written": 80}
 
 
-def trace(module: torch.nn.Module, spec: GraphSpec) -> ir.Model:
+def trace(module: torch.nn.Module, spec: GraphSpec, mixed: MixedPlan | None = None) -> ir.Model:
     """Trace `module` to opset 24.
+
+    Args:
+        module: of half precision, or not.
+        spec: the graph's contract, in the module's precision.
+        mixed: names products that stay in float32 in half precision.
 
     Raises:
         BundleError: the traced graph does not have the inputs and outputs that `spec` promises.
+        OptionError: a weight does not fit its type, or there is no product that the plan keeps.
     """
     examples = tuple(_example(tensor) for tensor in spec.inputs)
     axes = {name: torch.export.Dim(name) for name in TRACE_SIZES}
@@ -56,7 +64,10 @@ def trace(module: torch.nn.Module, spec: GraphSpec) -> ir.Model:
     model = program.model
     _check_contract(model.graph, spec)
     expand_experts(model)
-    write_types(model)
+    originals = write_types(model)
+    if mixed:
+        keep_products(model.graph, spec.name, mixed, originals)
+    check_range(model.graph, originals)
     _tidy(model, spec)
     return model
 

@@ -28,9 +28,13 @@ def products(graph: ir.Graph) -> dict[str, ir.Node]:
 
 def layer_name(product: ir.Node) -> str:
     """What a product is called."""
-    value = product.inputs[1]
-    name = (value.name if value is not None else None) or ""
-    return name.removeprefix(PREFIX).removesuffix(WIDENED)
+    stored = stored_weight(product.inputs[1])
+    return plain_name(stored) if stored is not None else ""
+
+
+def plain_name(weight: ir.Value) -> str:
+    """The name of a weight less what all share."""
+    return (weight.name or "").removeprefix(PREFIX).removesuffix(WIDENED)
 
 
 def unused(name: str, names: Container[str]) -> str:

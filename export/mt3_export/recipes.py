@@ -6,11 +6,11 @@ once, which lengths of the cache besides the longest, and which graphs compute i
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mt3_export.toml_file import Place, read_toml
 from mt3_runtime.errors import BundleError, OptionError
 
 if TYPE_CHECKING:
@@ -154,12 +154,7 @@ def read_recipe(file: Path) -> Recipe:
     Raises:
         OptionError: it cannot be read, or holds anything but what a recipe holds.
     """
-    try:
-        data = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OptionError(f"cannot read recipe {file} ({error.strerror}): name a readable file") from None
-    except ValueError as error:  # what tomllib raises too
-        raise OptionError(f"recipe {file} is not TOML ({' '.join(str(error).split())[:200]}): correct it") from None
+    data = read_toml(file, "recipe")
     where = _Place(f"recipe {file.name}")
     keys = where.table(data, required=("match", "profiles"), optional=("lengths", "fp32"))
     fp32 = tuple(where.choice(name, GRAPHS, "fp32") for name in where.listed(keys.get("fp32", []), "fp32"))
@@ -190,35 +185,10 @@ def _profile(data: Any, where: _Place, name: str) -> dict[str, dict[Axis, Sizes]
     return profile
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Checks values of one file, and names it in what it raises."""
+class _Place(Place):
+    """Checks sizes too."""
 
-    file: str
-
-    def expect(self, condition: bool, problem: str, fix: str) -> None:
-        if not condition:
-            raise OptionError(f"{self.file}: {problem}: {fix}")
-
-    def table(
-        self, data: Any, *, required: tuple[str, ...] = (), optional: tuple[str, ...] | None = None, named: str = "it"
-    ) -> dict[str, Any]:
-        self.expect(isinstance(data, dict), f"{named} is not a table", f"write [{named}]")
-        allowed = None if optional is None else {*required, *optional}
-        unknown = [key for key in data if allowed is not None and key not in allowed]
-        listed = ", ".join(sorted(allowed or ()))
-        self.expect(not unknown, f"{named} has an unknown key {''.join(unknown[:1])!r:.80}", f"use {listed}")
-        missing = [key for key in required if key not in data]
-        self.expect(not missing, f"{named} has no {''.join(missing[:1])}", "add it")
-        return dict(data)
-
-    def listed(self, data: Any, named: str) -> list[Any]:
-        self.expect(isinstance(data, list), f"{named} is not a list", "write [...]")
-        return list(data)
-
-    def choice(self, value: Any, choices: tuple[str, ...], named: str) -> str:
-        self.expect(value in choices, f"{named} is {value!r:.80}", f"use {', '.join(choices)}")
-        return str(value)
+    __slots__ = ()
 
     def size(self, value: Any, named: str) -> int:
         whole = type(value) is int and 0 < value <= LARGEST

@@ -87,9 +87,11 @@ def product_types(graph: onnx.GraphProto, types: Mapping[str, int]) -> dict[str,
 
 
 def _cast_to_half(graph: onnx.GraphProto) -> set[str]:
-    """Tensors that all who read them read as halves."""
+    """Tensors that all who read them read as halves, but for products with weights in float32."""
     halves: set[str] = set()
+    wide = {tensor.name for tensor in graph.initializer if tensor.data_type == FLOAT}
     others = {value.name for value in graph.output}
+    others.update(node.output[0] for node in graph.node if node.op_type == "MatMul" and node.input[1] in wide)
     for node in graph.node:
         half = node.op_type == "Cast" and any(item.name == "to" and item.i in HALF for item in node.attribute)
         (halves if half else others).update(node.input)

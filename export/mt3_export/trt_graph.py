@@ -5,18 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 from onnx import TensorProto, helper, shape_inference
+from onnx.numpy_helper import to_array
 
+from mt3_export.kept_products import keep_products, kept_candidates, matrices_of
+from mt3_export.mixed_plan import check_products
 from mt3_export.trt_forms import own_casts, product_types, products_as_sums
 from mt3_runtime.errors import BundleError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
+    from mt3_export.mixed_plan import MixedPlan
     from mt3_export.recipes import EnginePlan
     from mt3_runtime.bundle import Bundle
     from mt3_runtime.graphs import GraphSpec
+    from mt3_runtime.manifest import GraphFile
 
 DTYPES: dict[str, int] = {
     "float32": TensorProto.FLOAT,
@@ -44,20 +51,24 @@ class ReadyGraph:
     products: Mapping[str, int]
 
 
-def ready_graph(bundle: Bundle, plan: EnginePlan, *, sums: bool = False) -> ReadyGraph:
+def ready_graph(bundle: Bundle, plan: EnginePlan, *, sums: bool = False, mixed: MixedPlan | None = None) -> ReadyGraph:
     """The graph of a plan with all its weights, every byte of them verified before a parser sees it.
 
     Args:
         bundle: holds the graph.
         plan: the engine that it is for.
         sums: write the float32 products that half precision leaves as sums, see `products_as_sums`.
+        mixed: products that stay in float32, with weights of the bundle's fp32 graph.
 
     Raises:
         BundleError: a file is not what the manifest lists, or the graph is none that TensorRT would run as it is meant.
+        OptionError: the graph has no product of a name that is to be kept.
     """
     model = onnx.load_from_string(bundle.read(plan.file.file))
-    del model.graph.value_info[:]  # it names axes that are fixed now
     _check_operators(model.graph.node, plan.file.file)
+    if mixed and mixed.of(plan.spec.name) and plan.file.precision != "fp32":
+        model = _kept(model, bundle, plan.spec.name, mixed)
+    del model.graph.value_info[:]  # it names axes that are fixed now
     _fix_axes(model.graph, {axis: sizes[0] for axis, sizes in plan.axes.items() if sizes[0] == sizes[2]})
     if plan.file.precision != plan.precision:
         _cast_at_the_border(model.graph, plan.spec.typed(plan.precision))
@@ -70,6 +81,41 @@ def ready_graph(bundle: Bundle, plan: EnginePlan, *, sums: bool = False) -> Read
     _put_weights_in(model, bundle, plan.file.weights)
     counted = {name: operators.count(name) for name in sorted(set(operators))}
     return ReadyGraph(model.SerializeToString(), plan.spec.typed(plan.precision), types, counted, products)
+
+
+def check_plan(bundle: Bundle, plans: Iterable[EnginePlan], mixed: MixedPlan) -> None:
+    """Check every name of a plan against the graphs that engines are to be built of.
+
+    Raises:
+        OptionError: a graph has no product of a name.
+    """
+    for plan in plans:
+        if mixed.of(plan.spec.name):
+            graph = ir.from_proto(onnx.load_from_string(bundle.read(plan.file.file))).graph
+            check_products(mixed, plan.spec.name, kept_candidates(graph))
+
+
+def _kept(model: onnx.ModelProto, bundle: Bundle, graph: str, mixed: MixedPlan) -> onnx.ModelProto:
+    """The graph of half precision with the products of a plan in float32."""
+    changed = ir.from_proto(model)
+    found = kept_candidates(changed.graph)
+    check_products(mixed, graph, found)
+    names = {part.name or "" for kept in mixed.of(graph) for part in matrices_of(found[kept])}
+    exact = _matrices(bundle, bundle.graph(graph, "tensorrt", "fp32"), names)
+    if names - exact.keys():  # of experts, whose matrices the other graph has side by side
+        exact |= _matrices(bundle, bundle.graph(graph, "ort", "fp32"), names - exact.keys())
+    keep_products(changed.graph, graph, mixed, exact)
+    return ir.to_proto(changed)
+
+
+def _matrices(bundle: Bundle, entry: GraphFile, names: Collection[str]) -> dict[str, np.ndarray]:
+    """Those of the named weights that a graph has, in float32."""
+    model = onnx.load_from_string(bundle.read(entry.file))
+    wanted = [tensor for tensor in model.graph.initializer if tensor.name in names]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(wanted)
+    _put_weights_in(model, bundle, entry.weights)
+    return {tensor.name: to_array(tensor).astype(np.float32) for tensor in model.graph.initializer}
 
 
 def _check_operators(nodes: Iterable[onnx.NodeProto], file: str) -> None:

@@ -16,6 +16,8 @@ from torch.onnx.ops import symbolic
 from mt3_runtime.errors import OptionError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
 OWN = "mt3_export.types"
@@ -32,15 +34,16 @@ def widened(weight: Tensor) -> Tensor:
     return symbolic(f"{OWN}::{WIDENED}", (weight,), dtype=torch.float32, shape=weight.shape)
 
 
-def write_types(model: ir.Model) -> None:
+def write_types(model: ir.Model) -> dict[str, np.ndarray]:
     """Put weights in place of `stored`, and casts in place of `widened`; every product gets casts of its own.
 
-    Raises:
-        OptionError: a number of a weight does not fit its type.
+    Returns:
+        In float32 what is now stored in half, by name: numbers that do not fit are infinite, see `check_range`.
     """
     graph = model.graph
+    originals: dict[str, np.ndarray] = {}
     for node in [node for node in graph if node.domain == OWN and node.op_type == STORED]:
-        _store(graph, node)
+        _store(graph, node, originals)
     for node in graph:
         if node.domain == OWN and node.op_type == WIDENED:
             node.domain, node.op_type = "", "Cast"
@@ -48,6 +51,23 @@ def write_types(model: ir.Model) -> None:
             for product, _ in tuple(node.outputs[0].uses()):
                 _unshare(graph, product)
     model.opset_imports.pop(OWN, None)
+    return originals
+
+
+def check_range(graph: ir.Graph, originals: Mapping[str, np.ndarray]) -> None:
+    """Compare the weights that a graph still holds in half with what they were.
+
+    Raises:
+        OptionError: a number of a weight does not fit its type.
+    """
+    for name, original in originals.items():
+        tensor = graph.initializers[name].const_value if name in graph.initializers else None
+        if tensor is None or not np.isfinite(original).all() or np.isfinite(tensor.numpy().astype(np.float32)).all():
+            continue
+        raise OptionError(
+            f"{name} reaches {np.abs(original).max():g}, which {tensor.numpy().dtype.name} cannot hold: "
+            "keep it in fp32 with a --plan, or export without that precision"
+        )
 
 
 def _unshare(graph: ir.Graph, product: ir.Node) -> None:
@@ -63,24 +83,15 @@ def _unshare(graph: ir.Graph, product: ir.Node) -> None:
     product.replace_input_with(0, own.outputs[0])
 
 
-def _store(graph: ir.Graph, node: ir.Node) -> None:
+def _store(graph: ir.Graph, node: ir.Node, originals: dict[str, np.ndarray]) -> None:
     [weight], [typed] = node.inputs, node.outputs
-    if weight is None or weight.const_value is None or typed.dtype is None:
+    if weight is None or weight.name is None or weight.const_value is None or typed.dtype is None:
         raise TypeError(f"{node.name} does not read a weight")
-    array = _converted(weight, typed.dtype)
+    array = weight.const_value.numpy()
+    originals.setdefault(weight.name, array)
+    with np.errstate(over="ignore"):
+        converted: np.ndarray = array.astype(typed.dtype.numpy())
     ir.convenience.replace_all_uses_with(typed, weight)
     graph.remove(node, safe=True)
-    weight.const_value = ir.tensor(array, dtype=typed.dtype, name=weight.name)
+    weight.const_value = ir.tensor(converted, dtype=typed.dtype, name=weight.name)
     weight.dtype = typed.dtype
-
-
-def _converted(weight: ir.Value, dtype: ir.DataType) -> np.ndarray:
-    array = weight.const_value.numpy() if weight.const_value else np.empty(0)
-    with np.errstate(over="ignore"):
-        converted: np.ndarray = array.astype(dtype.numpy())
-    if np.isfinite(array).all() and not np.isfinite(converted.astype(np.float32)).all():
-        raise OptionError(
-            f"{weight.name} reaches {np.abs(array).max():g}, which {converted.dtype.name} cannot hold: "
-            "export without that precision"
-        )
-    return converted

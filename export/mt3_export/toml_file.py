@@ -1,0 +1,66 @@
+"""TOML files read strictly: whatever is unknown, missing or of another type is an error that names the file."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mt3_runtime.errors import OptionError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def read_toml(file: Path, kind: str) -> dict[str, Any]:
+    """What a file holds; `kind` says what it is meant to be.
+
+    Raises:
+        OptionError: it cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(f"cannot read {kind} {file} ({error.strerror}): name a readable file") from None
+    except (ValueError, RecursionError) as error:  # what tomllib raises too
+        raise OptionError(f"{kind} {file} is not TOML ({' '.join(str(error).split())[:200]}): correct it") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Checks values of one file, and names it in what it raises."""
+
+    file: str
+
+    def expect(self, condition: bool, problem: str, fix: str) -> None:
+        """Raise OptionError where the condition does not hold."""
+        if not condition:
+            raise OptionError(f"{self.file}: {problem}: {fix}")
+
+    def table(
+        self, data: Any, *, required: tuple[str, ...] = (), optional: tuple[str, ...] | None = None, named: str = "it"
+    ) -> dict[str, Any]:
+        """A table with these keys; with any keys if `optional` is None."""
+        self.expect(isinstance(data, dict), f"{named} is not a table", f"write [{named}]")
+        allowed = None if optional is None else {*required, *optional}
+        unknown = [key for key in data if allowed is not None and key not in allowed]
+        listed = ", ".join(sorted(allowed or ()))
+        self.expect(not unknown, f"{named} has an unknown key {''.join(unknown[:1])!r:.80}", f"use {listed}")
+        missing = [key for key in required if key not in data]
+        self.expect(not missing, f"{named} has no {''.join(missing[:1])}", "add it")
+        return dict(data)
+
+    def listed(self, data: Any, named: str) -> list[Any]:
+        """A list."""
+        self.expect(isinstance(data, list), f"{named} is not a list", "write [...]")
+        return list(data)
+
+    def choice(self, value: Any, choices: tuple[str, ...], named: str) -> str:
+        """One of the choices."""
+        self.expect(value in choices, f"{named} is {value!r:.80}", f"use {', '.join(choices)}")
+        return str(value)
+
+    def text(self, value: Any, named: str) -> str:
+        """A text that is not empty."""
+        self.expect(isinstance(value, str) and bool(value), f"{named} is {value!r:.80}", "write a text in quotes")
+        return str(value)
