@@ -52,9 +52,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def engine(bundle: Bundle, graph: str, lowering: str) -> Callable[..., list[np.ndarray]]:
+def engine(bundle: Bundle, graph: str, lowering: str, precision: str = "fp32") -> Callable[..., list[np.ndarray]]:
     """A graph on ONNX Runtime, inputs and outputs in the order of its contract."""
-    session = open_session(bundle, bundle.graph(graph, lowering, "fp32"), threads=1)
+    session = open_session(bundle, bundle.graph(graph, lowering, precision), threads=1)
     names = [node.name for node in session.get_inputs()]
     return lambda *arrays: session.run(None, dict(zip(names, arrays, strict=True)))
 

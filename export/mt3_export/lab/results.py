@@ -33,7 +33,7 @@ class Speed:
     """Measured in a process of its own, on the bundle as a user loads it.
 
     `encode_ms`: of one segment. `step_ms`: a decoding step of one row; `batch_step_ms`: of `batch_rows` rows.
-    `latency_ms`: from a segment's samples to its last token, alone, with the median number of tokens of this audio.
+    `latency_ms`: of encoding a segment and the steps of one row, alone, with the median number of steps of this audio.
     `times_realtime`: seconds of audio transcribed per second, many segments side by side. `peak_mb`: resident memory.
     """
 
@@ -143,6 +143,7 @@ class Combination:
     """One precision on one device. `emulated`: by rounding, on the CPU; such a one has no speed.
 
     `size_bytes`: of the graphs and weights that it reads. `problem`: why it is not done, one line; else empty.
+    `fallback_rows`: rows that gave numbers that are not finite, and were decoded again in fp32.
     """
 
     precision: str
@@ -156,6 +157,7 @@ class Combination:
     layers: tuple[LayerError, ...] = ()
     forced: Forced | None = None
     free: FreeRun | None = None
+    fallback_rows: int = 0
     clips: tuple[Clip, ...] = ()
     against_fp32: Scored | None = None
     against_reference: Scored | None = None

@@ -1,0 +1,85 @@
+"""Bisections in a run of the lab: what was found is kept, and every plan is measured as a combination of its own."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mt3_export.lab.bisection import Trial, bisect_precision
+from mt3_export.lab.results import Bisection, to_json
+from mt3_export.lab.variants import VARIANTS
+from mt3_export.lab.worker import material_of
+from mt3_export.mixed_plan import ROUNDED, MixedPlan, write_plan
+from mt3_runtime.errors import OptionError
+from mt3_runtime.files import atomic_write
+from mt3_runtime.loading import load
+from mt3_runtime.strict import build, parse_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from mt3_export.lab.job import Job
+    from mt3_export.lab.run import Laboratory
+    from mt3_export.lab.variants import Variant
+
+ROWS = 48  # rows told in every trial: there are some forty
+
+
+def check_bisected(names: Sequence[str]) -> tuple[Variant, ...]:
+    """The variants that are to be bisected.
+
+    Raises:
+        OptionError: one is none that a plan can be for.
+    """
+    known = [name for name in VARIANTS if name in ROUNDED]
+    for name in names:
+        if name not in known:
+            raise OptionError(f"{name!r:.40} cannot be bisected: use {', '.join(known)}, or some of them with commas")
+    return tuple(VARIANTS[name] for name in dict.fromkeys(names))
+
+
+def bisect_one(laboratory: Laboratory, variant: Variant, plan: Path, say: Callable[[str], None]) -> Bisection:
+    """Find the worst products of a precision, or what an earlier run found, and write the plan.
+
+    Raises:
+        OptionError: there is nothing to bisect.
+        OutputError: the plan cannot be written.
+    """
+    reference = laboratory.jobs[0]
+    kept = reference.results / f"bisection.{variant.name}.json"
+    if kept.exists() and not laboratory.options.again:
+        found = build(Bisection, parse_json(kept.read_bytes(), kept.name), kept.name)
+        say(f"bisection of {variant.name}: kept from an earlier run")
+    else:
+        transcriber = load(laboratory.bundle.path, "cpu", precision="fp32", threads=reference.threads or None)
+        material = material_of(replace(reference, rows=ROWS), transcriber, len(reference.clips))
+        trial = Trial(
+            laboratory.bundle,
+            variant,
+            material,
+            reference.work.with_name(f"bisection.{variant.name}"),
+            reference.threads,
+        )
+        found = bisect_precision(trial, say)
+        atomic_write(kept, to_json(found))
+    write_plan(_plan(laboratory, found), plan, f"Made by mt3-export precision --bisect {variant.name}.")
+    return replace(found, plan=plan.name)
+
+
+def planned(job: Job, variant: Variant, plan: Path) -> Job:
+    """The job that measures a plan."""
+    return replace(job, precision=variant.name, plan=str(plan.absolute()))
+
+
+def _plan(laboratory: Laboratory, found: Bisection) -> MixedPlan:
+    measured: dict[str, float | str] = {
+        "agreement_all": found.agreement_all,
+        "agreement_kept": found.agreement_kept,
+        "kl_all": found.cost_all,
+        "kl_kept": found.cost_kept,
+        "audio": shlex.join(path.name for path in laboratory.options.audio),
+    }
+    variant = VARIANTS[found.precision]
+    return MixedPlan(laboratory.bundle.manifest.model.name, variant.precision, found.kept, measured)

@@ -1,0 +1,36 @@
+"""The bundle of a checkpoint, made once for a folder of results."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mt3_export.bundle_writer import export_bundle
+from mt3_export.lab.run import EXPORTED
+from mt3_runtime.bundle import open_bundle
+from mt3_runtime.errors import OptionError, OutputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mt3_export.checkpoint import Checkpoint
+
+
+def export_once(checkpoint: Checkpoint, folder: Path, *, gpus: bool) -> Path:
+    """Export to a bundle inside of `folder`, unless it is there; with fp16 and bf16 where GPUs are to be measured.
+
+    Raises:
+        OptionError: the bundle there is of another checkpoint.
+        OutputError: it cannot be written.
+    """
+    output = folder / EXPORTED
+    if output.exists():
+        bundle = open_bundle(output)
+        made_from = (bundle.manifest.model, bundle.manifest.origin.checkpoint_sha256)
+        if made_from != (checkpoint.model, checkpoint.sha256):
+            raise OptionError(f"{output} is of another checkpoint than {checkpoint.source}: give another --output")
+        return output
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make {folder} ({error.strerror}): choose another --output") from None
+    return export_bundle(checkpoint, output, precisions=("fp32", "fp16", "bf16") if gpus else ("fp32",))

@@ -1,0 +1,106 @@
+"""What one process of the lab is asked to do, and where it leaves what it finds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mt3_export.lab.dataset import ClipFile
+from mt3_export.lab.variants import VARIANTS
+from mt3_runtime.strict import build, parse_json
+
+if TYPE_CHECKING:
+    from mt3_export.lab.variants import Variant
+
+WITH_PLAN = "+plan"
+REFERENCE = "fp32-cpu"  # the combination that all others are compared with
+
+
+@dataclass(frozen=True, slots=True)
+class Sound:
+    """A clip of the job; `reference` is empty where there is none."""
+
+    name: str
+    audio: str
+    reference: str
+
+    @property
+    def file(self) -> ClipFile:
+        """As the data set has it."""
+        return ClipFile(self.name, Path(self.audio), Path(self.reference) if self.reference else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One combination. `seconds`: of each clip, from its start; `rows`: told at most; `threads`: of the CPU, 0 for all.
+
+    `plan`: file of what stays in fp32, empty for nothing. `calibration`: files or folders that scales are made from;
+    none for the clips themselves.
+    """
+
+    bundle: str
+    precision: str
+    device: str
+    plan: str
+    output: str
+    clips: tuple[Sound, ...]
+    calibration: tuple[str, ...]
+    seconds: float | None
+    rows: int
+    threads: int
+
+    @property
+    def name(self) -> str:
+        """Of the combination."""
+        return f"{self.title}-{self.device}"
+
+    @property
+    def title(self) -> str:
+        """Of the precision, as results have it."""
+        return f"{self.precision}{WITH_PLAN}" if self.plan else self.precision
+
+    @property
+    def variant(self) -> Variant:
+        """Of the precision."""
+        return VARIANTS[self.precision]
+
+    @property
+    def results(self) -> Path:
+        """Folder of what combinations found."""
+        return Path(self.output) / "combinations"
+
+    @property
+    def result(self) -> Path:
+        """File of what this one found."""
+        return self.results / f"{self.name}.json"
+
+    @property
+    def work(self) -> Path:
+        """Folder of the bundle that is made for it."""
+        return Path(self.output) / "work" / self.name
+
+    @property
+    def reference_rows(self) -> Path:
+        """What fp32 said."""
+        return self.results / f"{REFERENCE}.rows.npz"
+
+    @property
+    def reference_notes(self) -> Path:
+        """What fp32 heard, to the last digit, which MIDI rounds."""
+        return self.results / f"{REFERENCE}.notes.json"
+
+    def midi(self, clip: str) -> Path:
+        """File of the notes of a clip."""
+        return Path(self.output) / "midi" / self.name / f"{clip}.mid"
+
+    def to_json(self) -> str:
+        """For another process."""
+        return json.dumps(dataclasses.asdict(self))
+
+
+def read_job(text: bytes) -> Job:
+    """What `to_json` wrote."""
+    return build(Job, parse_json(text, "job"), "job")

@@ -1,0 +1,112 @@
+"""Looks into graphs: what every product reads and gives, in fp32 and in another precision side by side."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from mt3_export.lab.errors import ErrorSums
+from mt3_export.lab.results import LayerError
+from mt3_export.products import products
+from mt3_runtime.backends.sessions import PROVIDER, import_onnxruntime, session_options
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from mt3_runtime.bundle import Bundle
+    from mt3_runtime.graphs import GraphSpec
+
+LOWERING = "ort"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A product in the graph of fp32: what it reads and gives, and its node, which others keep the name of."""
+
+    layer: str
+    reads: str
+    gives: str
+    node: str
+
+
+def places_of(bundle: Bundle, graph: str) -> list[Place]:
+    """Every product of a graph of fp32, in the order of computation."""
+    found = products(ir.load(bundle.path / bundle.graph(graph, LOWERING, "fp32").file).graph)
+    return [
+        Place(layer, str(node.inputs[0].name if node.inputs[0] else ""), str(node.outputs[0].name), str(node.name))
+        for layer, node in found.items()
+    ]
+
+
+class Probe:
+    """A graph of a bundle that also gives what is inside of it. Every file was verified when it was loaded before."""
+
+    def __init__(self, bundle: Bundle, graph: str, precision: str, names: Mapping[str, Sequence[str]]) -> None:
+        """Open it; `names`: by label, names that a value may have, the first that is there counts."""
+        entry = bundle.graph(graph, LOWERING, precision)
+        model = ir.load(bundle.path / entry.file)
+        values = _values(model.graph)
+        self.seen = {
+            label: next((name for name in choices if name in values), None) for label, choices in names.items()
+        }
+        given = {output.name for output in model.graph.outputs} | {value.name for value in model.graph.inputs}
+        wanted = {name for name in self.seen.values() if name is not None and name not in given}
+        model.graph.outputs.extend(values[name] for name in sorted(wanted))
+        text = ir.to_proto(model).SerializeToString()
+        ort, options = import_onnxruntime(), session_options(bundle, threads=0)
+        self.session: Any = ort.InferenceSession(text, options, providers=[PROVIDER])
+        self.outputs = [output.name for output in self.session.get_outputs()]
+
+    def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All outputs by name, and the inputs, which a product may read."""
+        return {**feed, **dict(zip(self.outputs, self.session.run(None, dict(feed)), strict=True))}
+
+    def inside(self, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What was seen, by label."""
+        return {label: outputs[name] for label, name in self.seen.items() if name is not None}
+
+
+def _values(graph: ir.Graph) -> dict[str, ir.Value]:
+    inner = {str(output.name): output for node in graph for output in node.outputs if output.name}
+    return inner | {str(value.name): value for value in graph.inputs}
+
+
+class Watch:
+    """One graph in fp32 and in another precision, given the same, layer by layer."""
+
+    def __init__(self, bundle: Bundle, other: Bundle, precision: str, spec: GraphSpec) -> None:
+        self.spec, self.places = spec, places_of(bundle, spec.name)
+        reads = {f"reads {place.layer}": [place.reads] for place in self.places}
+        gives = {place.layer: [place.gives] for place in self.places}
+        changed = {place.layer: [f"{place.node}.product", f"{place.gives}.back", place.gives] for place in self.places}
+        self.exact = Probe(bundle, spec.name, "fp32", reads | gives)
+        self.other = Probe(other, spec.name, precision, changed)
+        self._errors: defaultdict[str, ErrorSums] = defaultdict(ErrorSums)
+        self._largest: defaultdict[str, float] = defaultdict(float)
+
+    def run(self, inputs: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray] | None = None) -> Results:
+        """Give both the same, or the other one `others`; both outputs by name."""
+        wanted = self.exact.run(inputs)
+        found = self.other.run(inputs if others is None else others)
+        exact, changed = self.exact.inside(wanted), self.other.inside(found)
+        for place in self.places:
+            pair = (exact[f"reads {place.layer}"], exact[place.layer])
+            largest = max(float(np.abs(array).max()) for array in pair)
+            self._largest[place.layer] = max(self._largest[place.layer], largest)
+            if place.layer in changed:
+                self._errors[place.layer].add(exact[place.layer], changed[place.layer])
+        return wanted, found
+
+    def layers(self) -> Iterator[LayerError]:
+        """What was found, in the order of computation."""
+        for place in self.places:
+            error = self._errors[place.layer]
+            largest = self._largest[place.layer]
+            yield LayerError(self.spec.name, place.layer, error.relative, largest, error.non_finite)
+
+
+Results = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]

@@ -1,0 +1,229 @@
+"""A whole run of the lab: every combination in a process of its own; what is finished is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import TYPE_CHECKING
+
+from mt3_export.lab.child import run_child
+from mt3_export.lab.dataset import find_clips
+from mt3_export.lab.job import REFERENCE, Job, Sound
+from mt3_export.lab.note_scores import summarise
+from mt3_export.lab.results import FORMAT, VERSION, Bisection, Combination, Results, to_json
+from mt3_runtime.bundle import open_bundle
+from mt3_runtime.devices import parse_device
+from mt3_runtime.errors import DeviceError, OptionError, OutputError
+from mt3_runtime.files import atomic_write
+from mt3_runtime.machine import describe_machine, package_versions
+from mt3_runtime.strict import build, parse_json
+from mt3_runtime.version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from mt3_export.lab.dataset import ClipFile
+    from mt3_export.lab.variants import Variant
+    from mt3_runtime.bundle import Bundle
+
+    Say = Callable[[str], None]
+
+IDENTITY = "lab.json"  # what the folder's results are of
+EXPORTED = "bundle"  # made of a checkpoint by the command itself
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to measure. See `mt3-export precision --help`."""
+
+    bundle: Path
+    audio: tuple[Path, ...]
+    reference: Path | None
+    variants: tuple[Variant, ...]
+    devices: tuple[str, ...]
+    output: Path
+    calibration: tuple[Path, ...] = ()
+    seconds: float | None = None
+    rows: int = 256
+    threads: int = 0
+    again: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Laboratory:
+    """An output folder that is ready, and everything that is measured there."""
+
+    options: Options
+    bundle: Bundle
+    clips: tuple[ClipFile, ...]
+    jobs: tuple[Job, ...]
+
+
+def open_laboratory(options: Options) -> Laboratory:
+    """Find everything, and make the output folder, or go on in it.
+
+    Raises:
+        BundleError: there is no such bundle.
+        OptionError: a device is unknown, there are no clips, or the folder holds something else.
+        OutputError: the folder cannot be made.
+    """
+    bundle = open_bundle(options.bundle)
+    for device in options.devices:
+        if parse_device(device).kind == "auto":
+            raise OptionError("the lab does not choose a device: give --devices with cpu, cuda or tensorrt")
+    clips = find_clips(options.audio, options.reference)
+    _claim(options, bundle, clips)
+    sounds = tuple(Sound(clip.name, str(clip.audio.absolute()), _path(clip.reference)) for clip in clips)
+    pairs = dict.fromkeys([("fp32", "cpu"), *((v.name, d) for d, v in product(options.devices, options.variants))])
+    jobs = tuple(_job(options, bundle, sounds, *pair) for pair in pairs)
+    return Laboratory(options, bundle, clips, jobs)
+
+
+def _job(options: Options, bundle: Bundle, sounds: tuple[Sound, ...], precision: str, device: str) -> Job:
+    return Job(
+        bundle=str(bundle.path.absolute()),
+        precision=precision,
+        device=device,
+        plan="",
+        output=str(options.output.absolute()),
+        clips=sounds,
+        calibration=tuple(str(path.absolute()) for path in options.calibration),
+        seconds=options.seconds,
+        rows=options.rows,
+        threads=options.threads,
+    )
+
+
+def measure(laboratory: Laboratory, say: Say, progress: Say) -> tuple[Combination, ...]:
+    """Run what is not finished; fp32 on the CPU comes first, and the others are compared with it.
+
+    Args:
+        laboratory: what to run.
+        say: is told of every combination that is finished or failed.
+        progress: is told what the one under way is doing.
+
+    Raises:
+        DeviceError: fp32 on the CPU failed, without which there is nothing to compare with.
+    """
+    found: list[Combination] = []
+    for job in laboratory.jobs:
+        found.append(measure_one(job, say, progress, again=laboratory.options.again))
+        if job.name == REFERENCE and found[-1].outcome != "done":
+            raise DeviceError(f"fp32 on the CPU, which all is compared with, failed ({found[-1].problem}): mend that")
+    return tuple(found)
+
+
+def measure_one(job: Job, say: Say, progress: Say, *, again: bool = False) -> Combination:
+    """One combination, measured now, unless an earlier run finished it and it is not to be done again."""
+    kept = None if again else read_combination(job.result)
+    if kept:
+        say(f"{job.name}: kept from an earlier run")
+        return kept
+    found = run_child(job, lambda text: progress(f"{job.name} {text}"))
+    say(f"{job.name}: {f'{found.outcome}: {found.problem}' if found.problem else 'done'}")
+    return found
+
+
+def read_combination(path: Path) -> Combination | None:
+    """What an earlier run finished; None where it did not, or where that cannot be read any more."""
+    if not path.exists():
+        return None
+    combination = build(Combination, parse_json(path.read_bytes(), path.name), path.name)
+    return combination if combination.outcome == "done" else None
+
+
+def scored(combination: Combination, reference: Combination) -> Combination:
+    """The combination with means over clips, and what they lose to fp32's."""
+    if combination.outcome != "done":
+        return combination
+    with_reference = any(clip.against_reference for clip in combination.clips)
+    clips = combination.clips
+    return replace(
+        combination,
+        against_fp32=summarise(clips, reference.clips, "fp32"),
+        against_reference=summarise(clips, reference.clips, "reference") if with_reference else None,
+    )
+
+
+def collect(
+    laboratory: Laboratory,
+    combinations: Sequence[Combination],
+    bisections: Sequence[Bisection],
+    *,
+    allowed_loss: float,
+    command: str,
+) -> Results:
+    """Everything that was found, for the report."""
+    options = laboratory.options
+    clips = combinations[0].clips
+    return Results(
+        format=FORMAT,
+        version=VERSION,
+        model=laboratory.bundle.manifest.model.name,
+        bundle=options.bundle.name,
+        bundle_sha256=laboratory.bundle.sha256,
+        audio=", ".join(path.name or str(path) for path in options.audio),
+        clips=len(clips),
+        seconds=float(sum(clip.seconds for clip in clips)),
+        has_reference=options.reference is not None,
+        allowed_loss=allowed_loss,
+        machine=describe_machine().cpu_name,
+        versions={"mt3-runtime": __version__, **{name: text for name, text in package_versions().items() if text}},
+        command=command,
+        combinations=tuple(scored(each, combinations[0]) for each in combinations),
+        bisections=tuple(bisections),
+    )
+
+
+def _claim(options: Options, bundle: Bundle, clips: Sequence[ClipFile]) -> None:
+    """Make the folder, or check that it is of the same bundle and clips."""
+    identity = {
+        "format": FORMAT,
+        "version": [VERSION, __version__],
+        "bundle": bundle.sha256,
+        "clips": [[clip.name, _digest(clip.audio), _digest(clip.reference)] for clip in clips],
+        "calibration": [str(path) for path in options.calibration],
+        "seconds": options.seconds,
+        "rows": options.rows,
+        "threads": options.threads,
+    }
+    path = options.output / IDENTITY
+    text = json.dumps(identity, indent=1).encode() + b"\n"
+    if path.is_file():
+        if path.read_bytes() != text:
+            raise OptionError(
+                f"{options.output} holds results of another bundle, audio or setting: give another --output"
+            )
+        return
+    if options.output.exists() and (
+        not options.output.is_dir() or any(path.name != EXPORTED for path in options.output.iterdir())
+    ):
+        raise OptionError(f"{options.output} exists and is no folder of results: give another --output")
+    try:
+        (options.output / "combinations").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make {options.output} ({error.strerror}): choose another --output") from None
+    atomic_write(path, text)
+
+
+def _digest(path: Path | None) -> str:
+    if path is None:
+        return ""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _path(path: Path | None) -> str:
+    return "" if path is None else str(path.absolute())
+
+
+def write_results(folder: Path, results: Results) -> None:
+    """Write `results.json`.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    atomic_write(folder / "results.json", to_json(results))

@@ -1,0 +1,219 @@
+"""One combination, in a process of its own: what fails or crashes here stops no other.
+
+`python -m mt3_export.lab.worker` reads a job from standard input, writes its result, and says on standard output what
+it is doing, a line of JSON each.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mt3_export.calibration import calibrate
+from mt3_export.lab.clips import hear_clips
+from mt3_export.lab.forcing import Forcing
+from mt3_export.lab.isolation import graph_errors
+from mt3_export.lab.job import REFERENCE, read_job
+from mt3_export.lab.layers import layer_errors
+from mt3_export.lab.listening import read_samples
+from mt3_export.lab.logits import LogitsBackend
+from mt3_export.lab.material import Material, choose_rows, gather, is_usable, read_rows
+from mt3_export.lab.results import Combination, to_json
+from mt3_export.lab.speed import measure_speed, typical_steps
+from mt3_export.lab.variants import write_variant
+from mt3_export.mixed_plan import read_plan
+from mt3_runtime.backends.ort import OrtBackend
+from mt3_runtime.bundle import Bundle, open_bundle
+from mt3_runtime.devices import LOWERINGS, parse_device
+from mt3_runtime.errors import Mt3Error, OptionError
+from mt3_runtime.files import atomic_write
+from mt3_runtime.graphs import QUANTIZED, UNCALIBRATED
+from mt3_runtime.loading import load
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from mt3_export.lab.clips import HeardClips
+    from mt3_export.lab.job import Job
+    from mt3_export.lab.results import Forced, GraphError, LayerError, Outcome
+    from mt3_runtime.transcriber import Transcriber
+
+    Say = Callable[..., None]
+
+SLOTS = 16  # rows told side by side
+LOOKED_INTO = 8  # rows whose graphs and layers are compared
+FALLBACK_SLOTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A combination that can run: the bundle, the precision as that lists it, and the transcriber."""
+
+    bundle: Bundle
+    label: str
+    emulated: bool
+    transcriber: Transcriber
+
+
+def main() -> int:
+    """Carry out the job on standard input; 0 if there is a result, be it that it failed."""
+    job = read_job(sys.stdin.buffer.read())
+    try:
+        found = run(job, _say)
+    finally:
+        shutil.rmtree(job.work, ignore_errors=True)
+    atomic_write(job.result, to_json(found))
+    return 0
+
+
+def run(job: Job, say: Say) -> Combination:
+    """Everything about one combination; what went wrong is told in it."""
+    emulated = job.device == "cpu" and job.variant.is_half
+    outcome: Outcome = "impossible"
+    try:
+        say("loads")
+        ready = prepare(job)
+        outcome = "failed"
+        return _measure(job, ready, say)
+    except Mt3Error as error:
+        return Combination(job.title, job.device, emulated, outcome, " ".join(str(error).split()))
+
+
+def prepare(job: Job) -> Ready:
+    """Load the bundle in the precision, or make one that has it.
+
+    Raises:
+        Mt3Error: that cannot run here.
+    """
+    bundle, variant = open_bundle(job.bundle), job.variant
+    kind, threads = parse_device(job.device).kind, job.threads or None
+    if kind != "cpu":
+        if variant.graphs is not None:
+            raise OptionError(f"{variant.name} is for the CPU: leave {job.device} out, or the precision")
+        transcriber = load(bundle.path, job.device, precision=variant.precision, threads=threads)
+        return Ready(bundle, variant.precision, emulated=False, transcriber=transcriber)
+    made = _made(job, bundle)
+    label = "fp32" if variant.is_half else variant.precision
+    transcriber = load(made.path, "cpu", precision=label, threads=threads)
+    if variant.is_half:  # as on a GPU: rows with numbers that are not finite are decoded again
+        transcriber.fallback = cache(lambda: OrtBackend(bundle, slots=FALLBACK_SLOTS, threads=threads))
+    return Ready(made, label, emulated=variant.is_half, transcriber=transcriber)
+
+
+def _made(job: Job, bundle: Bundle) -> Bundle:
+    variant = job.variant
+    held = {entry.precision for entry in bundle.manifest.graphs if entry.lowering == LOWERINGS["cpu"]}
+    if variant.graphs is None and not variant.is_half and not job.plan and variant.precision in held:
+        return bundle
+    job.work.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(job.work, ignore_errors=True)
+    keep = read_plan(Path(job.plan)).keep if job.plan else {}
+    return write_variant(bundle, variant, job.work, keep, _scales(job, bundle))
+
+
+def _scales(job: Job, bundle: Bundle) -> Mapping[str, Mapping[str, float]] | None:
+    """Scales from audio, where the precision needs some."""
+    if job.variant.precision in UNCALIBRATED or job.variant.precision not in QUANTIZED:
+        return None
+    audio = [Path(path) for path in job.calibration] or [sound.file.audio for sound in job.clips]
+    return calibrate(bundle, audio, threads=job.threads or None).scales
+
+
+def _measure(job: Job, ready: Ready, say: Say) -> Combination:
+    heard = hear_clips(job, ready.transcriber, lambda done, count: say("transcribes", done, count))
+    lengths = [len(said.tokens) for rows in heard.rows for said in rows if is_usable(said)]
+    speed = None
+    if not ready.emulated:
+        say("is timed")
+        steps = typical_steps(lengths, ready.transcriber.backend.length)
+        features = ready.bundle.manifest.features
+        speed = measure_speed(ready.bundle.path, job.device, ready.label, features, steps, job.threads or None)
+    forced, graphs, layers = (None, (), ()) if job.name == REFERENCE else _compare(job, ready, heard, say)
+    return Combination(
+        precision=job.title,
+        device=job.device,
+        emulated=ready.emulated,
+        outcome="done",
+        size_bytes=_size(job, ready),
+        speed=speed,
+        graphs=graphs,
+        layers=layers,
+        forced=forced,
+        free=heard.free,
+        fallback_rows=heard.fallback_rows,
+        clips=heard.clips,
+    )
+
+
+def _compare(
+    job: Job, ready: Ready, heard: HeardClips, say: Say
+) -> tuple[Forced | None, tuple[GraphError, ...], tuple[LayerError, ...]]:
+    """Tell it what fp32 said, and look into its graphs, where they can be looked into."""
+    original = open_bundle(job.bundle)
+    material = material_of(job, ready.transcriber, len(heard.rows))
+    if not material.rows:
+        return None, (), ()
+    length = len(material.rows[0].inputs)
+    reference = backend_for(original, "fp32", length, job.threads)
+    say("is told fp32's tokens")
+    if job.device != "cpu":
+        return Forcing(reference, material).run(ready.transcriber.backend).summary(), (), ()
+    other = backend_for(ready.bundle, ready.label, length, job.threads)
+    forced = Forcing(reference, material).run(other).summary()
+    say("is looked into")
+    few = Material(material.features, material.rows[:: -(-len(material.rows) // LOOKED_INTO)])
+    layers = layer_errors(original, ready.bundle, ready.label, reference, few)
+    largest = {layer.graph: 0.0 for layer in layers}
+    for layer in layers:
+        largest[layer.graph] = max(largest[layer.graph], layer.largest)
+    return forced, graph_errors(reference, other, few, largest, job.variant.limit), layers
+
+
+def material_of(job: Job, transcriber: Transcriber, clips: int) -> Material:
+    """Rows of fp32 that are told to others, from all over the clips."""
+    said, manifest = read_rows(job.reference_rows, clips), transcriber.bundle.manifest
+    rate = manifest.features.sample_rate
+    chosen = choose_rows(said, job.rows)
+    return gather(
+        manifest,
+        transcriber.extractor,
+        said,
+        chosen,
+        lambda clip: read_samples(job.clips[clip].file.audio, rate, job.seconds),
+    )
+
+
+def backend_for(bundle: Bundle, precision: str, length: int, threads: int) -> LogitsBackend:
+    """The CPU's, with room for so many steps."""
+    return LogitsBackend(bundle, slots=SLOTS, threads=threads or None, precision=precision, length=length)
+
+
+def _size(job: Job, ready: Ready) -> int | None:
+    """Bytes of the files that it reads; None if it is emulated, and the bundle has no graphs of that precision."""
+    kinds = (LOWERINGS[parse_device(job.device).kind],) if not ready.emulated else ("tensorrt", "cuda")
+    label = ready.label if not ready.emulated else job.variant.precision
+    manifest = ready.bundle.manifest if not ready.emulated else open_bundle(job.bundle).manifest
+    for kind in kinds:
+        files = {
+            name
+            for entry in manifest.graphs
+            if (entry.lowering, entry.precision) == (kind, label)
+            for name in (entry.file, entry.weights)
+        }
+        if files:
+            return sum(manifest.files[name].size for name in files)
+    return None
+
+
+def _say(stage: str, done: int | None = None, count: int | None = None) -> None:
+    sys.stdout.write(json.dumps([stage, done, count]) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
