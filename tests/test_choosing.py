@@ -193,7 +193,9 @@ def test_precisions_that_it_lacks(tiny_bundle):
             DeviceError, match=f"graphs for {device}: export it with mt3-export bundle --precision {fix}$"
         ):
             choose_precision(Wish(tiny_bundle, Device(device), asked, None, None))
-    with pytest.raises(OptionError, match="fp16 is for GPUs, the CPU has fp32, int8, w8, w4: leave --precision out"):
+    with pytest.raises(
+        OptionError, match="fp16 is for GPUs, the CPU has fp32, int8, w8, w4, qdq: leave --precision out"
+    ):
         choose_precision(Wish(tiny_bundle, Device("cpu"), "fp16", None, None))
 
 
@@ -215,7 +217,7 @@ def test_quantised_runs_on_the_cpu_whatever_gpu_there_is(world):
     assert choice.fallback is None
 
 
-@pytest.mark.parametrize("asked", ["int8", "w8", "w4"])
+@pytest.mark.parametrize("asked", ["int8", "w8", "w4", "qdq"])
 def test_quantised_is_for_the_cpu(tiny_bundle, asked):
     bundle = halved(tiny_bundle, "cuda", "ort", precisions=("fp16", asked))
     with pytest.raises(OptionError, match=f"{asked} is for the CPU: give --device cpu"):

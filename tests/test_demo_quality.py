@@ -14,7 +14,7 @@ from demo_model.scores import KINDS
 
 from mt3_export.quantize_bundle import quantize_bundle
 from mt3_runtime.bundle import demo_bundle_path, open_bundle
-from mt3_runtime.graphs import QUANTIZED
+from mt3_runtime.graphs import UNCALIBRATED
 from mt3_runtime.loading import load
 
 RATE = 16_000
@@ -28,7 +28,7 @@ LOST = {"fp32": 0.0, "int8": 0.005, "w8": 0.005, "w4": 0.03}  # of F1, at most
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    return quantize_bundle(open_bundle(demo_bundle_path()), tmp_path_factory.mktemp("demo") / "quantized", QUANTIZED)
+    return quantize_bundle(open_bundle(demo_bundle_path()), tmp_path_factory.mktemp("demo") / "quantized", UNCALIBRATED)
 
 
 @pytest.fixture(scope="module", params=LOST)

@@ -71,10 +71,12 @@ def test_a_device_that_does_not_exist_is_an_error(tiny_folder, device):
 
 
 def test_precision_is_checked(tiny_folder):
-    known = "auto, fp32, fp16, bf16, int8, w8, w4"
+    known = "auto, fp32, fp16, bf16, int8, w8, w4, qdq"
     with pytest.raises(OptionError, match=rf"^precision 'int4' does not exist: use one of {known}$"):
         load(tiny_folder, precision="int4")
-    with pytest.raises(OptionError, match="fp16 is for GPUs, the CPU has fp32, int8, w8, w4: leave --precision out"):
+    with pytest.raises(
+        OptionError, match="fp16 is for GPUs, the CPU has fp32, int8, w8, w4, qdq: leave --precision out"
+    ):
         load(tiny_folder, "cpu", precision="fp16")
     assert load(tiny_folder, "cpu", precision="fp32").backend.precision == "fp32"
 

@@ -23,7 +23,7 @@ from mt3_export.verify import verify_bundle
 from mt3_runtime.backends.ort import OrtBackend, import_onnxruntime
 from mt3_runtime.bundle import open_bundle
 from mt3_runtime.errors import BundleError, DeviceError, OptionError, OutputError
-from mt3_runtime.graphs import QUANTIZED
+from mt3_runtime.graphs import UNCALIBRATED
 from mt3_runtime.loading import load
 from mt3_runtime.version import __version__
 
@@ -33,7 +33,7 @@ OPERATORS = {"encoder": "DynamicQuantizeMatMul", "cross_kv": "MatMulIntegerToFlo
 @pytest.fixture(scope="module")
 def quantized(tiny_bundle, tmp_path_factory):
     """The tiny bundle in all of them: read it, never change it."""
-    return quantize_bundle(tiny_bundle, tmp_path_factory.mktemp("quantized") / "all", QUANTIZED)
+    return quantize_bundle(tiny_bundle, tmp_path_factory.mktemp("quantized") / "all", UNCALIBRATED)
 
 
 def gaussian(*shape, seed=0):
@@ -184,7 +184,7 @@ def test_bundle(quantized, tiny_bundle):
     assert tiny_bundle.manifest.files.items() < manifest.files.items()
     of = {(entry.precision, entry.graph): entry for entry in manifest.graphs if entry.lowering == "ort"}
     for (precision, graph), entry in of.items():
-        changed = precision == "int8" or (precision in QUANTIZED and graph == "decode_step")
+        changed = precision == "int8" or (precision in UNCALIBRATED and graph == "decode_step")
         assert (entry.file == of["fp32", graph].file) is not changed
         if changed:
             model = onnx.load(quantized / entry.file, load_external_data=False)
@@ -209,7 +209,7 @@ def test_same_as_exported(quantized, tiny_folder, tmp_path):
     assert not any(entry.lowering == "cuda" for entry in exported.manifest.graphs)
 
 
-@pytest.mark.parametrize("precision", QUANTIZED)
+@pytest.mark.parametrize("precision", UNCALIBRATED)
 def test_rows_alone(quantized, precision):
     """Whoever is beside a row, all that differs is the order in which sums are added up."""
     features = gaussian(3, TINY_FEATURES.segment_frames, TINY_FEATURES.bins)
@@ -234,7 +234,7 @@ def test_rows_alone(quantized, precision):
         np.testing.assert_allclose(alone[:, 1], together[:, row, 1], atol=1e-4)
 
 
-@pytest.mark.parametrize("precision", QUANTIZED)
+@pytest.mark.parametrize("precision", UNCALIBRATED)
 def test_no_number_is_made_of_none(quantized, precision):
     """A row whose states hold one that is not finite fails wherever it stands, and no other."""
     backend = OrtBackend(open_bundle(quantized), slots=3, threads=1, precision=precision)
@@ -250,7 +250,7 @@ def test_no_number_is_made_of_none(quantized, precision):
     assert np.isfinite(backend.step(tokens[:2], tokens[:2])[1]).all()
 
 
-@pytest.mark.parametrize("precision", QUANTIZED)
+@pytest.mark.parametrize("precision", UNCALIBRATED)
 def test_head_sees_what_is_no_number(quantized, precision):
     """One that appears in the decoder, here in the table of positions, is found in its step."""
     model = onnx.load(quantized / f"decode_step.{precision}.ort.onnx")
@@ -268,7 +268,7 @@ def test_head_sees_what_is_no_number(quantized, precision):
 
 def test_verify(quantized, tiny_checkpoint):
     reports = verify_bundle(open_bundle(quantized), tiny_checkpoint, segments=1, steps=8)
-    found = {(report.precision, report.graph): report for report in reports if report.precision in QUANTIZED}
+    found = {(report.precision, report.graph): report for report in reports if report.precision in UNCALIBRATED}
     assert set(found) == {("int8", graph) for graph in OPERATORS} | {("w8", "decode_step"), ("w4", "decode_step")}
     for report in found.values():
         assert report.passed
@@ -286,7 +286,7 @@ def test_verify_finds_damage(tiny_bundle, tiny_checkpoint, tmp_path, monkeypatch
 
 def test_refusals(quantized, tiny_bundle, tmp_path):
     bundle = open_bundle(quantized)
-    with pytest.raises(OptionError, match=r"fp16.*use int8, w8, w4"):
+    with pytest.raises(OptionError, match=r"fp16.*use int8, w8, w4, qdq"):
         quantize_bundle(tiny_bundle, tmp_path / "new", ["fp16"])
     with pytest.raises(OptionError, match="holds int8 already"):
         quantize_bundle(bundle, tmp_path / "new", ["int8"])

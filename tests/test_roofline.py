@@ -33,7 +33,7 @@ from mt3_export.onnx_graph import trace  # noqa: E402
 from mt3_export.quantize_bundle import quantize_bundle  # noqa: E402
 from mt3_runtime.bundle import demo_bundle_path, open_bundle  # noqa: E402
 from mt3_runtime.errors import BundleError, DependencyError, OptionError  # noqa: E402
-from mt3_runtime.graphs import QUANTIZED, encoder_spec  # noqa: E402
+from mt3_runtime.graphs import UNCALIBRATED, encoder_spec  # noqa: E402
 from small_yourmt3 import channel_checkpoint  # noqa: E402
 
 POSITION = 5
@@ -270,7 +270,7 @@ def test_every_node_of_a_yourmt3_encoder_has_a_kind(tmp_path):
     assert weight_bytes(model) > 0
 
 
-@pytest.mark.parametrize("precision", QUANTIZED)
+@pytest.mark.parametrize("precision", UNCALIBRATED)
 def test_quantised_products_are_the_same_ones(tiny_bundle, tiny_demands, tmp_path, precision):
     bundle = open_bundle(quantize_bundle(tiny_bundle, tmp_path / "bundle", [precision]))
     found = demanded(bundle, precision=precision)

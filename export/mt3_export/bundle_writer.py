@@ -12,6 +12,7 @@ import onnx_ir as ir
 from mt3_export.bundle_folder import finish, new_folder, records
 from mt3_export.features_graph import trace_features
 from mt3_export.lowering import LOWERINGS, Cuda, TensorRT
+from mt3_export.mixed_plan import plans_by_precision, said
 from mt3_export.network import build_modules
 from mt3_export.onnx_graph import PREFIX, for_cuda, trace
 from mt3_export.precision import PLANS, checked_precisions
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from mt3_export.checkpoint import Checkpoint
     from mt3_export.lowering import Lowering
+    from mt3_export.mixed_plan import MixedPlan
     from mt3_runtime.graphs import GraphSpec, Precision
     from mt3_runtime.manifest import LoweringName, WeightsStorage
     from mt3_runtime.specs import FeatureSpec
@@ -47,15 +49,18 @@ def export_bundle(
     precisions: Sequence[Precision] = ("fp32",),
     weights_storage: WeightsStorage = "fp32",
     notice: str = "",
+    plans: Sequence[MixedPlan] = (),
 ) -> Path:
     """Trace every graph of a checkpoint in every lowering and write the bundle `output`.
+
+    What `plans` keep in fp32 stays so; their precisions are written whether they are listed or not.
 
     Returns:
         The folder written.
 
     Raises:
         OutputError: `output` exists, or cannot be written.
-        OptionError: `notice` is not one printable line, or the weights do not fit fp16.
+        OptionError: `notice` is not one printable line, the weights do not fit fp16, or a plan does not fit the model.
         BundleError: a traced graph does not keep its contract, or no backend could run it.
     """
     if checkpoint.model.d_kv % HEAD_UNIT:
@@ -65,14 +70,16 @@ def export_bundle(
         )
     if not notice.isprintable():
         raise OptionError("the notice holds a line break or a control character: give one line of text")
+    mixed = plans_by_precision(plans, checkpoint.model.name, graph_specs(checkpoint.model, checkpoint.features))
     with new_folder(output) as folder:
-        graphs = _write_graphs(checkpoint, folder, checked_precisions(precisions), weights_storage)
+        listed = checked_precisions((*precisions, *mixed))
+        graphs = _write_graphs(checkpoint, folder, listed, weights_storage, mixed)
         origin = Origin(
             checkpoint=printable(checkpoint.source),
             checkpoint_sha256=checkpoint.sha256,
             weights_storage=weights_storage,
             exporter=f"mt3-runtime {__version__}",
-            tools={name: metadata.version(name) for name in TOOLS},
+            tools={name: metadata.version(name) for name in TOOLS} | said(plans),
             notice=notice,
         )
         manifest = Manifest(
@@ -91,8 +98,9 @@ def export_bundle(
 
 
 def _write_graphs(
-    checkpoint: Checkpoint, folder: Path, precisions: Sequence[Precision], storage: WeightsStorage
-) -> tuple[GraphFile, ...]:
+    checkpoint: Checkpoint, folder: Path, precisions: Sequence[Precision], storage: WeightsStorage,
+    mixed: Mapping[Precision, MixedPlan],
+) -> tuple[GraphFile, ...]:  # fmt: skip
     tensors = stored_weights(checkpoint.tensors, storage)  # rounded before anything is folded, as `verify` does
     rounded = replace(checkpoint, tensors=tensors)
     entries: list[GraphFile] = []
@@ -100,10 +108,10 @@ def _write_graphs(
     for precision in traced:
         written = _lowerings(precision, alone=len(traced) == 1)
         its_storage: WeightsStorage = storage if precision == "fp32" else "fp32"  # halves are stored as they are
-        entries += _write_precision(rounded, folder, precision, written, its_storage)
+        entries += _write_precision(rounded, folder, precision, written, its_storage, mixed.get(precision))
     for precision in QUANTIZED:
         if precision in precisions:
-            entries += write_quantized(folder, entries, precision)
+            entries += write_quantized(folder, entries, precision, mixed.get(precision))
     if len(traced) > 1:
         entries += _write_features(checkpoint.features, folder, traced)
     return tuple(entries)
@@ -141,7 +149,7 @@ def _lowerings(precision: Precision, *, alone: bool) -> dict[LoweringName, Lower
 
 def _write_precision(
     checkpoint: Checkpoint, folder: Path, precision: Precision, lowerings: Mapping[LoweringName, Lowering],
-    storage: WeightsStorage,
+    storage: WeightsStorage, mixed: MixedPlan | None,
 ) -> Iterator[GraphFile]:  # fmt: skip
     """Write the graphs of one precision and the file of their weights."""
     specs = graph_specs(checkpoint.model, checkpoint.features)
@@ -150,7 +158,8 @@ def _write_precision(
         for lowering, ops in lowerings.items():
             modules = build_modules(checkpoint.model, checkpoint.features, checkpoint.tensors, ops, checkpoint.design)
             for name, spec in specs.items():
-                graph = trace(modules[name], spec.typed(precision))
+                typed = spec.typed(precision)
+                graph = trace(modules[name], typed, mixed) if mixed else trace(modules[name], typed)
                 if lowering == "cuda":
                     for_cuda(graph)
                 weights.move(graph, tables=dict(modules[name].named_buffers(PREFIX)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from mt3_runtime.specs import MT3_FRONTENDS, POSITION_BASES
 from mt3_runtime.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from mt3_export.checkpoint import Checkpoint
     from mt3_runtime.bundle import Bundle
@@ -47,11 +48,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_fetch(commands)
     _add_engines(commands)
+    _add_precision(commands)
     return parser
 
 
-def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, metavar="FILE|random:SEED", help="weights to export")
+def _add_checkpoint_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    parser.add_argument("--checkpoint", required=required, metavar="FILE|random:SEED", help="weights to export")
     parser.add_argument(
         "--position-base", type=int, choices=POSITION_BASES, help="mt3: 255, Magenta's rule, or 256, MR-MT3's"
     )
@@ -78,6 +80,7 @@ def _add_bundle(commands: Commands) -> None:
     _add_precisions(parser, "fp32", "with commas: fp32 (always); fp16, bf16 (for GPUs); int8, w8, w4 (for the CPU)")
     parser.add_argument("--weights", choices=("fp32", "fp16"), default="fp32", help="how matrices are stored")
     parser.add_argument("--notice", default="", help="a line shown to everyone who uses the bundle")
+    _add_plans(parser)
     parser.set_defaults(command=_bundle)
 
 
@@ -87,10 +90,32 @@ def _add_precisions(parser: argparse.ArgumentParser, default: str, text: str) ->
     )
 
 
+def _add_plans(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plan",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a precision with products left in fp32, as mt3-export precision --bisect writes it; once for each",
+    )
+
+
 def _add_quantize(commands: Commands) -> None:
     parser = commands.add_parser("quantize", help="add graphs of 8 or 4 bits to a bundle; needs no checkpoint")
     parser.add_argument("bundle", type=Path, metavar="DIR")
-    _add_precisions(parser, "int8", "with commas: int8 (all products), w8, w4 (the decoder's); default: int8")
+    listed = "with commas: int8 (all products), w8, w4 (the decoder's), qdq (all, calibrated); default: int8"
+    _add_precisions(parser, "int8", listed)
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE|DIR",
+        help="qdq: audio of the kind that it is for, from which up to 64 segments are taken",
+    )
+    _add_plans(parser)
+    parser.set_defaults(precision=None)  # int8, or what the plans are for
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to create")
     parser.set_defaults(command=_quantize)
 
@@ -133,8 +158,53 @@ def _add_engines(commands: Commands) -> None:
     )
     parser.add_argument("--profile", metavar="NAME", help="of the recipe, such as latency (default: all)")
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="sizes to build for (default: by model)")
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="products left in fp32, of this precision")
     parser.add_argument("--json", action="store_true", help="one JSON array on standard output")
     parser.set_defaults(command=_engines)
+
+
+def _add_precision(commands: Commands) -> None:
+    parser = commands.add_parser("precision", help="what every precision costs in notes and brings in time: a report")
+    parser.add_argument("bundle", type=Path, nargs="?", metavar="DIR", help="what to measure, or else --checkpoint")
+    parser.add_argument(
+        "--audio", type=Path, nargs="+", required=True, metavar="PATH", help="files, or folders of them"
+    )
+    parser.add_argument(
+        "--reference-midi", type=Path, metavar="DIR", help="what was played: a MIDI file for every clip"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="folder of the report, or to go on in"
+    )
+    parser.add_argument("--precisions", type=_listed, metavar="LIST", help="with commas (default: all)")
+    parser.add_argument(
+        "--devices", type=_listed, default=["cpu"], metavar="LIST", help="some of cpu,cuda,tensorrt (default: cpu)"
+    )
+    parser.add_argument(
+        "--bisect", type=_listed, metavar="LIST", help="precisions whose worst products are looked for, for a plan"
+    )
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="where it goes (default: DIR/plan.PRECISION.toml)")
+    parser.add_argument(
+        "--calibration", type=Path, nargs="+", metavar="PATH", help="audio for qdq (default: the clips)"
+    )
+    parser.add_argument("--seconds", type=float, metavar="S", help="of every clip, from its start (default: all)")
+    parser.add_argument(
+        "--rows", type=positive, default=256, metavar="N", help="rows told fp32's tokens (default: 256)"
+    )
+    parser.add_argument(
+        "--allow", type=float, default=0.005, metavar="F1", help="loss of F1 a recommendation may have (default: 0.005)"
+    )
+    parser.add_argument("--threads", type=positive, metavar="N", help="of the CPU (default: one for every core)")
+    parser.add_argument(
+        "--about", default="", metavar="TEXT", help="what the audio is, for the report (default: names)"
+    )
+    parser.add_argument("--again", action="store_true", help="measure also what is finished")
+    parser.add_argument("--model", choices=MODELS, help="with --checkpoint: what it is")
+    _add_checkpoint_options(parser, required=False)
+    parser.set_defaults(command=_precision)
+
+
+def _listed(text: str) -> list[str]:
+    return text.split(",")
 
 
 def _load(arguments: argparse.Namespace) -> Checkpoint:
@@ -162,9 +232,11 @@ def _load(arguments: argparse.Namespace) -> Checkpoint:
 def _bundle(arguments: argparse.Namespace) -> int:
     from mt3_export.bundle_folder import check_output  # noqa: PLC0415
     from mt3_export.bundle_writer import export_bundle  # noqa: PLC0415
+    from mt3_export.mixed_plan import read_plan  # noqa: PLC0415
     from mt3_export.precision import checked_precisions  # noqa: PLC0415
 
     check_output(arguments.output)  # before the work
+    plans = [read_plan(file) for file in arguments.plan]
     precisions = checked_precisions(arguments.precision)
     checkpoint = _load(arguments)
     export_bundle(
@@ -173,21 +245,44 @@ def _bundle(arguments: argparse.Namespace) -> int:
         precisions=precisions,
         weights_storage=arguments.weights,
         notice=arguments.notice,
+        plans=plans,
     )
     print(f"{arguments.output}: {checkpoint.model.name} from {checkpoint.source}", file=sys.stderr)
     return 0
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
+    from mt3_export.mixed_plan import read_plan  # noqa: PLC0415
     from mt3_runtime.bundle import open_bundle  # noqa: PLC0415
 
     try:
         from mt3_export.quantize_bundle import quantize_bundle  # noqa: PLC0415
     except ImportError as error:
         raise DependencyError(f"{error.name} cannot be imported: pip install 'mt3-runtime[quantize]'") from None
-    quantize_bundle(open_bundle(arguments.bundle), arguments.output, arguments.precision)
-    print(f"{arguments.output}: {arguments.bundle} and {', '.join(arguments.precision)}", file=sys.stderr)
+    plans = [read_plan(file) for file in arguments.plan]
+    listed = arguments.precision or ([] if plans else ["int8"])
+    bundle = open_bundle(arguments.bundle)
+    with _bar("calibration", bool(arguments.calibration)) as progress:
+        quantize_bundle(
+            bundle, arguments.output, listed, plans=plans, calibration=arguments.calibration, progress=progress
+        )
+    written = dict.fromkeys([*listed, *(plan.precision for plan in plans)])
+    print(f"{arguments.output}: {arguments.bundle} and {', '.join(written)}", file=sys.stderr)
     return 0
+
+
+@contextmanager
+def _bar(name: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar as a function of what is done and how much there is."""
+    from tqdm import tqdm  # noqa: PLC0415
+
+    with tqdm(desc=name, leave=False, disable=not (shown and sys.stderr.isatty())) as bar:
+
+        def progress(done: int, count: int) -> None:
+            bar.total = count
+            bar.update(done - bar.n)
+
+        yield progress
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -255,3 +350,24 @@ def _engines(arguments: argparse.Namespace) -> int:
 
     print(build_engines(arguments, lambda message: print(message, file=sys.stderr)))
     return 0
+
+
+def _precision(arguments: argparse.Namespace) -> int:
+    try:
+        from mt3_export.lab.command import measure_precisions  # noqa: PLC0415
+    except ImportError as error:
+        raise DependencyError(f"{error.name} cannot be imported: pip install 'mt3-runtime[cpu,quantize]'") from None
+    if (arguments.bundle is None) == (arguments.checkpoint is None):
+        raise OptionError("what is to be measured is a bundle or a checkpoint: give the folder, or --checkpoint")
+    bundle = arguments.bundle or _exported(arguments)
+    print(measure_precisions(arguments, bundle, lambda message: print(message, file=sys.stderr)))
+    return 0
+
+
+def _exported(arguments: argparse.Namespace) -> Path:
+    """The bundle of a checkpoint, in the folder of the report."""
+    from mt3_export.lab.exported import export_once  # noqa: PLC0415
+
+    if arguments.model is None:
+        raise OptionError("a checkpoint does not say what it is: give --model")
+    return export_once(_load(arguments), arguments.output, gpus=any(device != "cpu" for device in arguments.devices))

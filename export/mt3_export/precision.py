@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812 -- the name every torch user 
 
 from mt3_export.typed_weights import stored
 from mt3_runtime.errors import OptionError
-from mt3_runtime.graphs import QUANTIZED
+from mt3_runtime.graphs import QUANTIZED, UNCALIBRATED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -108,7 +108,10 @@ def checked_precisions(listed: Iterable[str]) -> tuple[Precision, ...]:
         OptionError: one is unknown.
     """
     given = set(listed)
-    known = (*PLANS, *QUANTIZED)
+    calibrated = given & set(QUANTIZED) - set(UNCALIBRATED)
+    if calibrated:
+        raise OptionError(f"{min(calibrated)} is made of a bundle and audio: use mt3-export quantize --calibration")
+    known = (*PLANS, *UNCALIBRATED)
     unknown = given - set(known)
     if unknown:
         raise OptionError(f"unknown precision {min(unknown)!r}: use {', '.join(known)}, or some of them with commas")

@@ -43,14 +43,15 @@ class Form:
     with in a call: for graphs that are run for one segment, one row at a time.
     "blocks": `MatMulNBits`. A scale for every block of a column, and one for every block of a row of the other factor:
     no row depends on another one.
+    "static": standard operators with scales known beforehand, see `mt3_export.qdq`, which writes it.
     `bits` of the weights.
     """
 
-    kind: Literal["dynamic", "blocks"]
+    kind: Literal["dynamic", "blocks", "static"]
     bits: Literal[4, 8] = 8
 
 
-DYNAMIC, BLOCKS, FOUR_BITS = Form("dynamic"), Form("blocks"), Form("blocks", bits=4)
+DYNAMIC, BLOCKS, FOUR_BITS, STATIC = Form("dynamic"), Form("blocks"), Form("blocks", bits=4), Form("static")
 # What each precision does to each graph; the others are those of fp32.
 FORMS: Mapping[Precision, Mapping[str, Form]] = {
     "int8": {
@@ -59,6 +60,7 @@ FORMS: Mapping[Precision, Mapping[str, Form]] = {
     },
     "w8": {"decode_step": BLOCKS},
     "w4": {"decode_step": FOUR_BITS},
+    "qdq": dict.fromkeys(("encoder", "memory", "cross_kv", "prefix", "decode_step"), STATIC),
 }
 
 
@@ -70,15 +72,17 @@ def form_of(precision: Precision, graph: str) -> Form | None:
 def quantize(model: ir.Model, form: Form, keep: Container[str] = ()) -> None:
     """Replace products with a matrix of weights in `model`, a graph of lowering `ort` in fp32, but for those of `keep`.
 
-    See `mt3_export.products` for their names.
+    See `mt3_export.products` for their names. Of the form "static" see `mt3_export.qdq`.
     """
+    if form.kind == "static":
+        raise TypeError("scales have to be known: use quantize_static")
     graph = model.graph
     for name, node in quantizable(graph).items():
         if name not in keep:
             finer = form.kind == "dynamic" and not FINER.isdisjoint(name.split("."))
             _replace(graph, node, weights_of(node), BLOCKS if finer else form)
     _keep_watch(graph)
-    _drop_unused(graph)
+    drop_unused(graph)
     model.opset_imports.setdefault(CONTRIB, 1)
 
 
@@ -88,20 +92,24 @@ def quantizable(graph: ir.Graph) -> dict[str, ir.Node]:
 
 
 def _keep_watch(graph: ir.Graph) -> None:
-    """Let `log_prob` be NaN where the head reads a number that is not finite: its rounding makes one of it."""
     products = [node for node in graph if node.op_type in PRODUCTS]
     heads = [node for node in products if HEAD in str(node.inputs[1].name if node.inputs[1] else None)]
+    if heads and heads[0].inputs[0] is not None:
+        keep_watch(graph, heads[0].inputs[0], heads[0])
+
+
+def keep_watch(graph: ir.Graph, read: ir.Value, head: ir.Node) -> None:
+    """Let `log_prob` be NaN where what the head reads is not finite: its rounding makes a number of it."""
     position = next((i for i, output in enumerate(graph.outputs) if output.name == LOG_PROB), None)
-    read = heads[0].inputs[0] if heads else None
-    if read is None or position is None:
+    if position is None:
         return
     log_prob = graph.outputs[position]
-    zero = _constant(graph, "no_number", np.array(0.0, np.float32))
-    axes = _constant(graph, "all_of_a_row", np.array([1, 2], np.int64))
-    nought = _node("Mul", [read, zero], heads[0], "nought", domain="")  # 0 times what is not finite is NaN
-    found = _node("ReduceSum", [nought.outputs[0], axes], heads[0], "found", domain="", keepdims=0)
+    zero = constant(graph, "no_number", np.array(0.0, np.float32))
+    axes = constant(graph, "all_of_a_row", np.array([1, 2], np.int64))
+    nought = node_for(head, "Mul", [read, zero], "nought")  # 0 times what is not finite is NaN
+    found = node_for(head, "ReduceSum", [nought.outputs[0], axes], "found", keepdims=0)
     log_prob.name = f"{LOG_PROB}.of_logits"
-    told = _node("Add", [log_prob, found.outputs[0]], heads[0], "told", domain="")
+    told = node_for(head, "Add", [log_prob, found.outputs[0]], "told")
     told.outputs[0].name, told.outputs[0].type, told.outputs[0].shape = LOG_PROB, log_prob.type, log_prob.shape
     graph.outputs[position] = told.outputs[0]
     graph.extend([nought, found, told])
@@ -115,7 +123,7 @@ def _replace(graph: ir.Graph, product: ir.Node, matrix: FloatMatrix, form: Form)
     if form.kind == "blocks":
         size, levels, scales = blocks(matrix, form.bits, LONGEST_BLOCK)
         sizes = {"K": matrix.shape[0], "N": matrix.shape[1], "bits": form.bits, "block_size": size}
-        nodes = [_node("MatMulNBits", [x, *_constants(graph, name, levels, scales)], product, **sizes)]
+        nodes = [_contrib("MatMulNBits", [x, *_constants(graph, name, levels, scales)], product, **sizes)]
         nodes[0].attributes.add(ir.AttrInt64("accuracy_level", INT8_PRODUCTS))
     else:
         nodes = _dynamic(graph, product, x, _constants(graph, name, *columns(matrix)))
@@ -131,9 +139,9 @@ def _dynamic(graph: ir.Graph, product: ir.Node, x: ir.Value, constants: list[ir.
     rounding = next((user for user, _ in x.uses() if user.op_type == "DynamicQuantizeLinear"), None)
     readers = [user for user, index in x.uses() if index == 0 and user.op_type == product.op_type]
     if rounding is None and len(readers) == 1:
-        return [_node("DynamicQuantizeMatMul", [x, *constants], product)]
+        return [_contrib("DynamicQuantizeMatMul", [x, *constants], product)]
     rounded, scale, zero = (rounding or _rounding(graph, x, product)).outputs
-    return [_node("MatMulIntegerToFloat", [rounded, constants[0], scale, constants[1], zero], product)]
+    return [_contrib("MatMulIntegerToFloat", [rounded, constants[0], scale, constants[1], zero], product)]
 
 
 def _rounding(graph: ir.Graph, x: ir.Value, first: ir.Node) -> ir.Node:
@@ -147,35 +155,42 @@ def _rounding(graph: ir.Graph, x: ir.Value, first: ir.Node) -> ir.Node:
 
 def _by_row(graph: ir.Graph, x: ir.Value, constants: list[ir.Value], product: ir.Node) -> list[ir.Node]:
     """Divide each row by its largest number first: in what gates let through, some rows are far larger than others."""
-    smallest = _constant(graph, "smallest_normal", np.array(SMALLEST_NORMAL, np.float32))
-    last = _constant(graph, "last_axis", np.array([-1], np.int64))
-    size = _node("Abs", [x], product, "size", domain="")
-    largest = _node("ReduceMax", [size.outputs[0], last], product, "largest", domain="", keepdims=1)
-    divisor = _node("Max", [largest.outputs[0], smallest], product, "divisor", domain="")
-    row = _node("Div", [x, divisor.outputs[0]], product, "row", domain="")
-    scaled = _node("DynamicQuantizeMatMul", [row.outputs[0], *constants], product, "scaled")
-    back = _node("Mul", [scaled.outputs[0], divisor.outputs[0]], product, domain="")
-    return [size, largest, divisor, row, scaled, back]
+    divisor, row = divided(graph, x, product)
+    scaled = _contrib("DynamicQuantizeMatMul", [row[-1].outputs[0], *constants], product, "scaled")
+    back = node_for(product, "Mul", [scaled.outputs[0], divisor], "product")
+    return [*row, scaled, back]
 
 
-def _node(
-    operator: str,
-    inputs: list[ir.Value],
-    product: ir.Node,
-    part: str = "product",
-    *,
-    domain: str = CONTRIB,
-    **attributes: int,
+def divided(graph: ir.Graph, x: ir.Value, product: ir.Node) -> tuple[ir.Value, list[ir.Node]]:
+    """The largest absolute number of each row of what a product reads; nodes, the last of which divides by it."""
+    smallest = constant(graph, "smallest_normal", np.array(SMALLEST_NORMAL, np.float32))
+    last = constant(graph, "last_axis", np.array([-1], np.int64))
+    size = node_for(product, "Abs", [x], "size")
+    largest = node_for(product, "ReduceMax", [size.outputs[0], last], "largest", keepdims=1)
+    divisor = node_for(product, "Max", [largest.outputs[0], smallest], "divisor")
+    row = node_for(product, "Div", [x, divisor.outputs[0]], "row")
+    return divisor.outputs[0], [size, largest, divisor, row]
+
+
+def _contrib(
+    operator: str, inputs: list[ir.Value], product: ir.Node, part: str = "product", **attributes: int
 ) -> ir.Node:
+    return node_for(product, operator, inputs, part, domain=CONTRIB, **attributes)
+
+
+def node_for(
+    product: ir.Node, operator: str, inputs: list[ir.Value], part: str, *, domain: str = "", **attributes: int
+) -> ir.Node:
+    """A node with one output, that is named after a product and what it is of it."""
     node = ir.node(operator, inputs, attributes, domain=domain, name=f"{product.name}.{part}")
     node.outputs[0].name = f"{product.name}.{part}"
     return node
 
 
-def columns(matrix: FloatMatrix) -> tuple[np.ndarray, np.ndarray]:
-    """Levels of 7 bits [in, out] and the scale of every column [out]."""
-    largest = np.abs(matrix).max(0)
-    scales = np.where(largest, largest / DYNAMIC_LARGEST, 1.0).astype(np.float32)
+def columns(matrix: FloatMatrix, largest: int = DYNAMIC_LARGEST) -> tuple[np.ndarray, np.ndarray]:
+    """Levels up to `largest` [in, out] and the scale of every column [out]."""
+    furthest = np.abs(matrix).max(0)
+    scales = np.where(furthest, furthest / largest, 1.0).astype(np.float32)
     return np.rint(matrix / scales).astype(np.int8), scales
 
 
@@ -204,10 +219,10 @@ def block_size(rows: int, longest: int) -> int:
 
 
 def _constants(graph: ir.Graph, name: str, levels: np.ndarray, scales: np.ndarray) -> list[ir.Value]:
-    return [_constant(graph, f"{name}.levels", levels), _constant(graph, f"{name}.scales", scales)]
+    return [constant(graph, f"{name}.levels", levels), constant(graph, f"{name}.scales", scales)]
 
 
-def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """The initializer of that name, made when it is first asked for."""
     if name not in graph.initializers:
         tensor = ir.tensor(array, name=name)
@@ -216,7 +231,7 @@ def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     return graph.initializers[name]
 
 
-def _drop_unused(graph: ir.Graph) -> None:
+def drop_unused(graph: ir.Graph) -> None:
     """Remove the weights that nothing reads any more, and the casts that read them."""
     kept = set(graph.outputs)
     for node in reversed(list(graph)):

@@ -22,6 +22,7 @@ TRT_TYPES: dict[int, str] = {
     TensorProto.FLOAT16: "HALF",
     TensorProto.BFLOAT16: "BF16",
     TensorProto.INT32: "INT32",
+    TensorProto.INT8: "INT8",
     TensorProto.INT64: "INT64",
     TensorProto.BOOL: "BOOL",
 }

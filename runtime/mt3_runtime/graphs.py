@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from mt3_runtime.specs import FeatureSpec, MemorySpec, ModelSpec
 
 DType = Literal["float32", "float16", "bfloat16", "int32"]
-Precision = Literal["fp32", "fp16", "bf16", "int8", "w8", "w4"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "w8", "w4", "qdq"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-QUANTIZED: tuple[Precision, ...] = ("int8", "w8", "w4")  # weights of 8 or 4 bits, on the CPU
+UNCALIBRATED: tuple[Precision, ...] = ("int8", "w8", "w4")  # weights of 8 or 4 bits, on the CPU
+QUANTIZED: tuple[Precision, ...] = (*UNCALIBRATED, "qdq")  # and 8 bits with scales that audio was needed for
 HALVES: dict[Precision, DType] = {  # what stays on the device between graphs
     "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", **dict.fromkeys(QUANTIZED, "float32"),
 }  # fmt: skip

@@ -44,8 +44,8 @@ def load(
         bundle: folder made by `mt3-export bundle`.
         device: "cpu", "cuda", "tensorrt" or "tensorrt-rtx", of several GPUs with a number as in "cuda:1": there or
             nowhere. "auto": the best of them that can be used; `Transcriber.device_reason` says why.
-        precision: "fp32", "fp16" or "bf16" on a GPU, "fp32", "int8", "w8" or "w4" on the CPU; "auto" is half precision
-            on a GPU if the bundle has it, and fp32 on the CPU.
+        precision: "fp32", "fp16" or "bf16" on a GPU, "fp32", "int8", "w8", "w4" or "qdq" on the CPU; "auto" is half
+            precision on a GPU if the bundle has it, and fp32 on the CPU.
         slots: rows decoded side by side (a segment is one row, or one for each of its channels); by default what
             suits the model and the device (`default_slots`). On a GPU without memory for them half as many, and so on.
         threads: of the CPU; by default one for every core this process may use.

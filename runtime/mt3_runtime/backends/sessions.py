@@ -32,16 +32,19 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def open_session(bundle: Bundle, entry: GraphFile, *, threads: int) -> Any:
+def open_session(bundle: Bundle, entry: GraphFile, *, threads: int, fused: bool = True) -> Any:
     """An onnxruntime.InferenceSession over one verified graph and its verified weights, on the CPU.
+
+    Without `fused`, levels of `DequantizeLinear` are multiplied as the numbers they stand for: weights may have all
+    levels of 8 bits then, whatever the processor (see `mt3_export.qdq`).
 
     Raises:
         BundleError: see `open_sessions`.
     """
-    return open_sessions(bundle, [entry], threads=threads)[entry.graph]
+    return open_sessions(bundle, [entry], threads=threads, fused=fused)[entry.graph]
 
 
-def open_sessions(bundle: Bundle, entries: Sequence[GraphFile], *, threads: int) -> dict[str, Any]:
+def open_sessions(bundle: Bundle, entries: Sequence[GraphFile], *, threads: int, fused: bool = True) -> dict[str, Any]:
     """The sessions of several graphs by name, made side by side; each file is read for its hash once.
 
     Raises:
@@ -53,6 +56,7 @@ def open_sessions(bundle: Bundle, entries: Sequence[GraphFile], *, threads: int)
     for weights in dict.fromkeys(entry.weights for entry in entries):
         bundle.verify(weights)
     options = session_options(bundle, threads)
+    options.add_session_config_entry("session.disable_quant_qdq", str(int(not fused)))
     # Also for a single one: the thread that makes a process's first session computes without denormals for ever after.
     with ThreadPoolExecutor(max_workers=threads) as executor:
         made = [executor.submit(_make, ort, bundle, *pair, options) for pair in zip(entries, texts, strict=True)]
