@@ -115,6 +115,16 @@ def test_clips_are_the_held_out_ones():
     assert 8.0 <= len(first.audio) / 16_000 <= 20.0
 
 
+def test_the_first_clips_can_be_left_out(folder, tmp_path):
+    """For audio to calibrate with, which is not what is scored."""
+    assert write_test_set(tmp_path / "two", {"one": "one voice"}, 2, short_clips, str) == 2
+    assert write_test_set(tmp_path / "second", {"one": "one voice"}, 1, short_clips, str, skip=1) == 1
+    assert [path.name for path in (tmp_path / "second" / "audio" / "one").iterdir()] == ["0001.flac"]
+    for name in ("audio/one/0001.flac", "midi/one/0001.mid"):
+        assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert "--clips 1 --skip 1 --kinds one" in (tmp_path / "second" / "README.txt").read_text()
+
+
 def test_the_readme_says_what_it_is_and_how_to_use_it(folder):
     text = (folder / "README.txt").read_text()
     for kind, name in ROWS.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,7 +50,13 @@ mt3-export precision BUNDLE --audio {folder}/audio --reference-midi {folder}/mid
 
 
 def write_test_set(
-    output: Path, names: Mapping[str, str], count: int, clips_of: ClipsOf, told: Callable[[str], None]
+    output: Path,
+    names: Mapping[str, str],
+    count: int,
+    clips_of: ClipsOf,
+    told: Callable[[str], None],
+    *,
+    skip: int = 0,
 ) -> int:
     """Write clips into a new folder, whole or not at all.
 
@@ -59,6 +66,7 @@ def write_test_set(
         count: Clips of each kind.
         clips_of: Clips by kind and their number.
         told: Takes a line for each kind that is done.
+        skip: So many of each kind come before them; files are numbered as if these were there.
 
     Returns:
         Clips in all.
@@ -71,7 +79,7 @@ def write_test_set(
         for kind, name in names.items():
             for part in ("audio", "midi"):
                 (folder / part / kind).mkdir(parents=True)
-            for number, clip in enumerate(clips_of(kind, count)):
+            for number, clip in islice(enumerate(clips_of(kind, skip + count)), skip, None):
                 atomic_write(folder / "audio" / kind / f"{number:04d}.flac", flac_bytes(clip.audio))
                 write_midi(clip.notes, folder / "midi" / kind / f"{number:04d}.mid", style=STYLE)
                 clips, seconds = clips + 1, seconds + len(clip.audio) / RATE
@@ -80,7 +88,15 @@ def write_test_set(
             clips=clips,
             seconds=seconds,
             kinds="\n".join(f"{kind}: {count} of {name}" for kind, name in names.items()),
-            command=f"scripts/make_test_set --clips {count} --kinds {','.join(names)} --output {output.name}",
+            command=" ".join(
+                [
+                    "scripts/make_test_set",
+                    f"--clips {count}",
+                    *([f"--skip {skip}"] if skip else []),
+                    f"--kinds {','.join(names)}",
+                    f"--output {output.name}",
+                ]
+            ),
             folder=output.name,
         )
         atomic_write(folder / "README.txt", text.encode())

@@ -88,6 +88,7 @@ def _options(arguments: argparse.Namespace, bundle: Path) -> Options:
         seconds=arguments.seconds,
         rows=arguments.rows,
         threads=arguments.threads or 0,
+        about=arguments.about,
         again=arguments.again,
     )
 

@@ -49,6 +49,7 @@ class Options:
     seconds: float | None = None
     rows: int = 256
     threads: int = 0
+    about: str = ""
     again: bool = False
 
 
@@ -165,7 +166,7 @@ def collect(
         model=laboratory.bundle.manifest.model.name,
         bundle=options.bundle.name,
         bundle_sha256=laboratory.bundle.sha256,
-        audio=", ".join(path.name or str(path) for path in options.audio),
+        audio=options.about or ", ".join(path.name or str(path) for path in options.audio),
         clips=len(clips),
         seconds=float(sum(clip.seconds for clip in clips)),
         has_reference=options.reference is not None,
