@@ -140,10 +140,12 @@ def test_errors_of_layers(name, tiny_bundle, material, tmp_path):
     variant = VARIANTS[name]
     other = write_variant(tiny_bundle, variant, tmp_path / name, {})
     label = "fp32" if variant.is_half else name
-    layers = layer_errors(tiny_bundle, other, label, backend(tiny_bundle, slots=4), material)
+    layers, largest = layer_errors(tiny_bundle, other, label, backend(tiny_bundle, slots=4), material)
     changed = set(changed_products(tiny_bundle, variant))
     assert len({(layer.graph, layer.layer) for layer in layers}) == len(layers) == 26
     first = {graph: next(layer for layer in layers if layer.graph == graph) for graph in ("encoder", "cross_kv")}
+    for graph, number in largest.items():
+        assert number == max(layer.largest for layer in layers if layer.graph == graph)
     for layer in layers:
         assert layer.largest > 0
         assert layer.non_finite == 0
@@ -175,7 +177,7 @@ def test_models_with_memory(context_bundle, prefix_bundle, tmp_path):
         assert 0 < agreement.mean_kl < 1e-2
         graphs = [error.graph for error in graph_errors(backend(bundle), backend(other), material, {}, 65504.0)]
         assert graphs == [contract.name for contract in bundle.manifest.contracts]
-        layers = layer_errors(bundle, other, "fp32", backend(bundle), material)
+        layers, _ = layer_errors(bundle, other, "fp32", backend(bundle), material)
         assert {layer.graph for layer in layers} == set(graphs)
 
 

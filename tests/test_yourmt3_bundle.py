@@ -11,10 +11,17 @@ import soundfile
 
 from graph_cases import one_thread
 from mt3_export.bundle_writer import export_bundle
+from mt3_export.lab.forcing import Forcing
+from mt3_export.lab.isolation import graph_errors
+from mt3_export.lab.layers import layer_errors
+from mt3_export.lab.logits import LogitsBackend
+from mt3_export.lab.material import ForcedRow, Material
+from mt3_export.lab.variants import VARIANTS, changed_products, write_variant
 from mt3_export.quantize_bundle import quantize_bundle
 from mt3_export.verify import verify_bundle
 from mt3_runtime.bundle import open_bundle
 from mt3_runtime.decoding import DecodingRules
+from mt3_runtime.features import feature_extractor
 from mt3_runtime.loading import load
 from small_yourmt3 import channel_checkpoint
 
@@ -109,3 +116,29 @@ def test_quantized(folder, checkpoint, tmp_path):
         result = load(bundle.path, "cpu", precision=precision).transcribe(sound, 16_000)
         assert result.provenance.precision == precision
         assert not result.provenance.failed_segments
+
+
+@pytest.mark.parametrize("name", ["fp16", "int8"])
+def test_the_precision_lab_looks_into_all_channels(folder, name, tmp_path):
+    """Which tokens an expert is given may differ, so that what it gives cannot be compared."""
+    bundle, variant = open_bundle(folder), VARIANTS[name]
+    spec = bundle.manifest.features
+    features = feature_extractor(spec)(audio(3, 3)[None, : spec.segment_samples], [spec.segment_frames])
+    told = np.random.default_rng(0).integers(3, 590, (3, 5)).astype(np.int32)
+    material = Material(features, tuple(ForcedRow(0, 0, channel, told[channel], None) for channel in range(3)))
+    other = write_variant(bundle, variant, tmp_path / name, {})
+    label = "fp32" if variant.is_half else name
+    reference, changed = (
+        LogitsBackend(each, slots=3, threads=1, precision=precision, length=8)
+        for each, precision in ((bundle, "fp32"), (other, label))
+    )
+    agreement = Forcing(reference, material).run(changed)
+    assert agreement.steps.tolist() == [5, 5, 5]
+    assert 0 < agreement.mean_kl < 0.1
+    errors = graph_errors(reference, changed, material, {}, variant.limit)
+    assert [error.graph for error in errors] == ["encoder", "cross_kv", "decode_step"]
+    assert all(0 < error.relative < 0.5 for error in errors)
+    layers, _ = layer_errors(bundle, other, label, reference, material)
+    left_out = set(changed_products(bundle, variant)) - {(layer.graph, layer.layer) for layer in layers}
+    assert {name.split(".")[-2] for _, name in left_out} == {"up", "gate", "down"}  # of experts
+    assert all(layer.largest > 0 and not layer.non_finite for layer in layers)

@@ -53,6 +53,8 @@ class WeightsFile:
             is_matrix = len(tensor.shape) == 2 and tensor.dtype == ir.DataType.FLOAT
             halved = self.storage == "fp16" and is_matrix and value.name not in tables
             if tensor.nbytes <= INLINE_BYTES and not halved:
+                if isinstance(tensor, ir.ExternalTensor):  # of another file, which need not be there
+                    value.const_value = ir.tensor(tensor.numpy(), name=value.name)
                 continue
             array = np.ascontiguousarray(tensor.numpy())
             if halved:

@@ -25,7 +25,7 @@ LONGEST = 48  # steps of the decoder that are looked into
 
 def layer_errors(
     bundle: Bundle, other: Bundle, precision: str, reference: LogitsBackend, material: Material
-) -> tuple[LayerError, ...]:
+) -> tuple[tuple[LayerError, ...], dict[str, float]]:
     """Compare the products of all graphs over a few rows, in the order of the data flow.
 
     Args:
@@ -34,6 +34,9 @@ def layer_errors(
         precision: as `other` lists them.
         reference: fp32; makes what the graphs are given.
         material: rows, as many as `reference` has slots at most.
+
+    Returns:
+        Errors of the products, and of every graph the largest number that one of them reads or gives in fp32.
     """
     group = material.rows[: reference.slots]
     states = states_of(reference, material, group)
@@ -43,6 +46,7 @@ def layer_errors(
     if told and spec:
         sources.append(reference.remember(np.stack(told)))
     found: list[LayerError] = []
+    largest: dict[str, float] = {}
     for contract in bundle.manifest.contracts:
         if contract.name == FEATURES:
             continue
@@ -59,7 +63,8 @@ def layer_errors(
         else:
             _one_by_one(watch, contract, dict(reference.inputs_of(sources))[contract.name])
         found += watch.layers()
-    return tuple(found)
+        largest[contract.name] = watch.largest
+    return tuple(found), largest
 
 
 def _one_by_one(watch: Watch, contract: GraphSpec, inputs: Sequence[np.ndarray]) -> None:

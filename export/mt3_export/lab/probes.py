@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,23 +22,34 @@ if TYPE_CHECKING:
     from mt3_runtime.graphs import GraphSpec
 
 LOWERING = "ort"
+EXPERT = re.compile(r"\.(up|gate|down)\.\d+$")
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A product in the graph of fp32: what it reads and gives, and its node, which others keep the name of."""
+    """A product in the graph of fp32: what it reads and gives, and its node, which others keep the name of.
+
+    `compared`: not of experts, as which tokens they are given depends on what came before.
+    """
 
     layer: str
     reads: str
     gives: str
     node: str
+    compared: bool
 
 
 def places_of(bundle: Bundle, graph: str) -> list[Place]:
     """Every product of a graph of fp32, in the order of computation."""
     found = products(ir.load(bundle.path / bundle.graph(graph, LOWERING, "fp32").file).graph)
     return [
-        Place(layer, str(node.inputs[0].name if node.inputs[0] else ""), str(node.outputs[0].name), str(node.name))
+        Place(
+            layer=layer,
+            reads=str(node.inputs[0].name if node.inputs[0] else ""),
+            gives=str(node.outputs[0].name),
+            node=str(node.name),
+            compared=EXPERT.search(layer) is None,
+        )
         for layer, node in found.items()
     ]
 
@@ -95,15 +107,20 @@ class Watch:
         exact, changed = self.exact.inside(wanted), self.other.inside(found)
         for place in self.places:
             pair = (exact[f"reads {place.layer}"], exact[place.layer])
-            largest = max(float(np.abs(array).max()) for array in pair)
+            largest = max(float(np.abs(array).max(initial=0.0)) for array in pair)
             self._largest[place.layer] = max(self._largest[place.layer], largest)
-            if place.layer in changed:
+            if place.compared and place.layer in changed:
                 self._errors[place.layer].add(exact[place.layer], changed[place.layer])
         return wanted, found
 
+    @property
+    def largest(self) -> float:
+        """The largest number that any product read or gave in fp32."""
+        return max(self._largest.values(), default=0.0)
+
     def layers(self) -> Iterator[LayerError]:
         """What was found, in the order of computation."""
-        for place in self.places:
+        for place in [place for place in self.places if place.compared]:
             error = self._errors[place.layer]
             largest = self._largest[place.layer]
             yield LayerError(self.spec.name, place.layer, error.relative, largest, error.non_finite)

@@ -167,10 +167,7 @@ def _compare(
     forced = Forcing(reference, material).run(other).summary()
     say("is looked into")
     few = Material(material.features, material.rows[:: -(-len(material.rows) // LOOKED_INTO)])
-    layers = layer_errors(original, ready.bundle, ready.label, reference, few)
-    largest = {layer.graph: 0.0 for layer in layers}
-    for layer in layers:
-        largest[layer.graph] = max(largest[layer.graph], layer.largest)
+    layers, largest = layer_errors(original, ready.bundle, ready.label, reference, few)
     return forced, graph_errors(reference, other, few, largest, job.variant.limit), layers
 
 
