@@ -19,10 +19,11 @@ import soundfile
 from bundle_cases import check_message
 from mt3_export.cli import main
 from mt3_export.lab import child
+from mt3_export.lab.bisection import HARMLESS, LEFT
 from mt3_export.lab.clips import read_notes
 from mt3_export.lab.job import Job, Sound, read_job
 from mt3_export.lab.results import read_results, to_json
-from mt3_export.lab.run import Options, measure, open_laboratory
+from mt3_export.lab.run import Options, find_all, measure, open_laboratory, read_combination
 from mt3_export.lab.variants import VARIANTS, parse_variants
 from mt3_export.mixed_plan import read_plan
 from mt3_export.quantize_bundle import quantize_bundle
@@ -89,7 +90,9 @@ def test_what_is_found(output, musical_folder):
         assert each.speed.peak_mb > 10
     files = {entry.file: entry.weights for entry in load(musical_folder, "cpu").bundle.manifest.graphs}
     sizes = {name: (musical_folder / name).stat().st_size for name in {*files, *files.values()}}
-    assert fp32.size_bytes == sum(size for name, size in sizes.items() if "tensorrt" not in name)
+    assert fp32.size_bytes <= sum(size for name, size in sizes.items() if "tensorrt" not in name)
+    assert fp32.size_bytes > sum(size for name, size in sizes.items() if "ort.onnx" in name)
+    assert int8.size_bytes < fp32.size_bytes
     assert 0 < half.forced.kl_mean < int8.forced.kl_mean
     assert [error.graph for error in int8.graphs] == ["encoder", "cross_kv", "decode_step"]
     assert {error.limit for error in half.graphs} == {65504.0}
@@ -151,7 +154,7 @@ def test_files(output):
     plan = read_plan(output / "plan.int8.toml")
     assert (plan.model, plan.precision, plan.keep) == ("tiny", "int8", results.bisections[0].kept)
     assert plan.measured["agreement_all"] == results.bisections[0].agreement_all
-    assert results.bisections[0].cost_kept <= 0.25 * results.bisections[0].cost_all
+    assert results.bisections[0].cost_kept <= max(LEFT * results.bisections[0].cost_all, HARMLESS)
 
 
 def test_what_is_finished_is_kept_and_what_is_new_is_added(output, musical_folder, clips, tmp_path, capfd):
@@ -185,7 +188,8 @@ def test_a_process_that_dies_is_one_result(output, musical_folder, clips, tmp_pa
     (folder / "combinations" / "int8-cpu.json").unlink()
     script = "import os, sys; print('words', file=sys.stderr, flush=True); os.kill(os.getpid(), 9)"
     monkeypatch.setattr(child, "WORKER", [sys.executable, "-c", script])
-    laboratory = open_laboratory(options(musical_folder, clips, folder, "fp16,int8"))
+    asked = options(musical_folder, clips, folder, "fp16,int8")
+    laboratory = open_laboratory(asked, find_all(asked), open_bundle(musical_folder), str)
     said = []
     found = {each.name: each for each in measure(laboratory, said.append, said.append)}
     assert [each.outcome for each in found.values()] == ["done", "done", "failed"]
@@ -214,6 +218,8 @@ def options(bundle, clips, folder, precisions):
 def test_jobs_travel():
     job = Job("b", "int8", "cpu", "", "/o", (Sound("x/y", "/a.wav", ""),), (), None, 3, 0)
     assert read_job(job.to_json().encode()) == job
+    strange = replace(job, output="/o/\u3000\udcff")  # signs that results may not hold
+    assert read_job(strange.to_json().encode()) == strange
     assert job.midi("x/y") == Path("/o/midi/int8-cpu/x/y.mid")
     assert replace(job, plan="/p.toml").name == "int8+plan-cpu"
     assert job.variant is VARIANTS["int8"]
@@ -235,7 +241,9 @@ def test_results_travel(output, tmp_path):
         (["BUNDLE", "--precisions", "fp9"], "unknown precision 'fp9'"),
         (["BUNDLE", "--devices", "auto"], "the lab does not choose a device"),
         (["BUNDLE", "--bisect", "qdq"], "cannot be bisected"),
-        (["BUNDLE", "--plan", "x.toml"], "give --bisect with one precision"),
+        (["BUNDLE", "--plan-output", "x.toml"], "give --bisect with one precision"),
+        (["BUNDLE", "--bisect", "int8", "--plan-output", "nowhere/x.toml"], "create it"),
+        (["--checkpoint", "nowhere.pth", "--model", "mt3", "--precisions", "fp9"], "unknown precision 'fp9'"),
     ],
 )
 def test_refusals_come_before_any_work(arguments, message, musical_folder, clips, tmp_path, capfd):
@@ -245,6 +253,51 @@ def test_refusals_come_before_any_work(arguments, message, musical_folder, clips
     assert message in said
     check_message(OptionError(said.removeprefix("mt3-export: ")))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--seconds", "-1"], ["--seconds", "nan"], ["--seconds", "inf"], ["--allow", "nan"], ["--allow", "2"]]
+)
+def test_numbers_that_mean_nothing_are_refused(arguments, musical_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["precision", str(musical_folder), "--audio", "a", "--output", str(tmp_path / "out"), *arguments])
+    assert arguments[1] in capsys.readouterr().err
+
+
+def test_a_plan_that_is_there_is_not_overwritten(musical_folder, clips, tmp_path, capfd):
+    plan = tmp_path / "mine.toml"
+    plan.write_text("by hand")
+    words = ["--bisect", "int8", "--plan-output", str(plan), "--output", str(tmp_path / "out")]
+    assert main(["precision", str(musical_folder), "--audio", str(clips / "audio"), *words]) != 0
+    assert "exists already: remove it" in capfd.readouterr().err
+    assert plan.read_text() == "by hand"
+
+
+def test_a_broken_clip_is_found_before_any_work(musical_folder, clips, tmp_path, capfd):
+    """And the folder is not taken by what cannot be done."""
+    whole = (clips / "audio" / "a.flac").read_bytes()
+    broken = tmp_path / "audio" / "b.flac"
+    broken.parent.mkdir()
+    broken.write_bytes(whole[: len(whole) // 2])
+    words = ["--audio", str(broken.parent), "--output", str(tmp_path / "out")]
+    assert main(["precision", str(musical_folder), *words]) != 0
+    assert "b.flac" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_compared_with_another_fp32_or_unreadable_are_made_again(output, musical_folder, clips, tmp_path):
+    folder = tmp_path / "out"
+    subprocess.run(["cp", "-r", str(output), str(folder)], check=True)
+    asked = options(musical_folder, clips, folder, "fp16,int8")
+    jobs = {job.name: job for job in open_laboratory(asked, find_all(asked), open_bundle(musical_folder), str).jobs}
+    assert all(read_combination(job) for job in jobs.values())
+    (folder / "combinations" / "fp16-cpu.json").write_bytes(b"{}")
+    assert read_combination(jobs["fp16-cpu"]) is None
+    notes = jobs["int8-cpu"].reference_notes
+    notes.write_bytes(notes.read_bytes() + b"\n")
+    assert read_combination(jobs["int8-cpu"]) is None
+    notes.unlink()
+    assert read_combination(jobs["fp32-cpu"]) is None
 
 
 def test_a_bundle_needs_no_torch(musical_folder, clips, tmp_path):

@@ -16,6 +16,7 @@ from mt3_export.lab.isolation import graph_errors
 from mt3_export.lab.layers import layer_errors
 from mt3_export.lab.logits import LogitsBackend
 from mt3_export.lab.material import ForcedRow, Material
+from mt3_export.lab.probes import Pair
 from mt3_export.lab.variants import VARIANTS, changed_products, write_variant
 from mt3_export.quantize_bundle import quantize_bundle
 from mt3_export.verify import verify_bundle
@@ -138,7 +139,7 @@ def test_the_precision_lab_looks_into_all_channels(folder, name, tmp_path):
     errors = graph_errors(reference, changed, material, {}, variant.limit)
     assert [error.graph for error in errors] == ["encoder", "cross_kv", "decode_step"]
     assert all(0 < error.relative < 0.5 for error in errors)
-    layers, _ = layer_errors(bundle, other, label, reference, material)
+    layers, _ = layer_errors(Pair(bundle, other, variant, label), reference, material)
     left_out = set(changed_products(bundle, variant)) - {(layer.graph, layer.layer) for layer in layers}
     assert {name.split(".")[-2] for _, name in left_out} == {"up", "gate", "down"}  # of experts
     assert all(layer.largest > 0 and not layer.non_finite for layer in layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -182,16 +183,20 @@ def _add_precision(commands: Commands) -> None:
     parser.add_argument(
         "--bisect", type=_listed, metavar="LIST", help="precisions whose worst products are looked for, for a plan"
     )
-    parser.add_argument("--plan", type=Path, metavar="FILE", help="where it goes (default: DIR/plan.PRECISION.toml)")
+    parser.add_argument("--plan-output", type=Path, metavar="FILE", help="default: plan.PRECISION.toml in the output")
     parser.add_argument(
         "--calibration", type=Path, nargs="+", metavar="PATH", help="audio for qdq (default: the clips)"
     )
-    parser.add_argument("--seconds", type=float, metavar="S", help="of every clip, from its start (default: all)")
+    parser.add_argument("--seconds", type=_seconds, metavar="S", help="of every clip, from its start (default: all)")
     parser.add_argument(
         "--rows", type=positive, default=256, metavar="N", help="rows told fp32's tokens (default: 256)"
     )
     parser.add_argument(
-        "--allow", type=float, default=0.005, metavar="F1", help="loss of F1 a recommendation may have (default: 0.005)"
+        "--allow",
+        type=_share,
+        default=0.005,
+        metavar="F1",
+        help="loss of F1 a recommendation may have (default: 0.005)",
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="of the CPU (default: one for every core)")
     parser.add_argument(
@@ -201,6 +206,20 @@ def _add_precision(commands: Commands) -> None:
     parser.add_argument("--model", choices=MODELS, help="with --checkpoint: what it is")
     _add_checkpoint_options(parser, required=False)
     parser.set_defaults(command=_precision)
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no length of time: give a number above 0")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no difference of F1: give 0 to 1, such as 0.005")
+    return value
 
 
 def _listed(text: str) -> list[str]:
@@ -359,7 +378,12 @@ def _precision(arguments: argparse.Namespace) -> int:
         raise DependencyError(f"{error.name} cannot be imported: pip install 'mt3-runtime[cpu,quantize]'") from None
     if (arguments.bundle is None) == (arguments.checkpoint is None):
         raise OptionError("what is to be measured is a bundle or a checkpoint: give the folder, or --checkpoint")
-    bundle = arguments.bundle or _exported(arguments)
+    if arguments.checkpoint and not arguments.model:
+        raise OptionError("a checkpoint does not say what it is: give --model")
+
+    def bundle() -> Path:
+        return arguments.bundle or _exported(arguments)
+
     print(measure_precisions(arguments, bundle, lambda message: print(message, file=sys.stderr)))
     return 0
 
@@ -368,6 +392,4 @@ def _exported(arguments: argparse.Namespace) -> Path:
     """The bundle of a checkpoint, in the folder of the report."""
     from mt3_export.lab.exported import export_once  # noqa: PLC0415
 
-    if arguments.model is None:
-        raise OptionError("a checkpoint does not say what it is: give --model")
     return export_once(_load(arguments), arguments.output, gpus=any(device != "cpu" for device in arguments.devices))

@@ -27,6 +27,7 @@ SLOTS = 16
 SHARE = 0.02  # of the cost of all: halves that cost less are not looked into
 LEFT = 0.25  # of the cost of all may be left when a plan is followed
 NOTHING = 1e-7  # nats: what rounding alone makes of two float32 graphs that are the same
+HARMLESS = 1e-4  # nats: for less, no product is worth to be kept in fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,20 +99,36 @@ class Trial:
 
 
 def bisect(trial: Trial, say: Callable[[str], None]) -> list[tuple[Product, Cost]]:
-    """Single out the products that cost most, worst first.
+    """Single out the products that cost most, worst first: before all others those without which nothing is finite.
 
     Each graph, and every half of it that costs a share of what all products cost, is halved again. Products whose cost
     shows only together with others are left unnamed, which `plan_for` notices.
     """
-    whole = trial.cost(trial.products)
-    say(f"all {len(trial.products)} products in {trial.variant.name}: {_words(whole)}")
-    graphs = dict.fromkeys(graph for graph, _ in trial.products)
-    groups = [[product for product in trial.products if product[0] == graph] for graph in graphs]
+    say(f"all {len(trial.products)} products in {trial.variant.name}: {_words(trial.cost(trial.products))}")
+    broken: list[tuple[Product, Cost]] = []
+    if trial.cost(trial.products).non_finite:
+        broken = _halve(trial, trial.products, lambda cost: cost.non_finite > 0, say)
+    rest = _without(trial, broken)
+    base = trial.cost(rest)
+    return broken + _halve(trial, rest, lambda cost: cost.kl > max(SHARE * base.kl, NOTHING), say)
+
+
+def _without(trial: Trial, suspects: Sequence[tuple[Product, Cost]]) -> list[Product]:
+    spared = {product for product, _ in suspects}
+    return [product for product in trial.products if product not in spared]
+
+
+def _halve(
+    trial: Trial, products: Sequence[Product], is_to_blame: Callable[[Cost], bool], say: Callable[[str], None]
+) -> list[tuple[Product, Cost]]:
+    """Single products that are to blame, worst first, by halves of graphs of which that is true."""
+    graphs = dict.fromkeys(graph for graph, _ in products)
+    groups = [[product for product in products if product[0] == graph] for graph in graphs]
     found: list[tuple[Product, Cost]] = []
     while groups:
         group = groups.pop(0)
         cost = trial.cost(group)
-        if not _is_to_blame(cost, whole):
+        if not is_to_blame(cost):
             continue
         if len(group) == 1:
             found.append((group[0], cost))
@@ -122,22 +139,22 @@ def bisect(trial: Trial, say: Callable[[str], None]) -> list[tuple[Product, Cost
     return sorted(found, key=lambda pair: pair[1].weight, reverse=True)
 
 
-def _is_to_blame(cost: Cost, whole: Cost) -> bool:
-    return cost.non_finite > 0 or cost.kl > max(SHARE * whole.kl, NOTHING)
-
-
 def plan_for(trial: Trial, suspects: Sequence[tuple[Product, Cost]]) -> tuple[list[Product], Cost]:
-    """The fewest suspects, worst first, with which in fp32 a quarter of the cost is left at most; all if none do."""
-    whole = trial.cost(trial.products)
+    """The fewest suspects, worst first, with which in fp32 little is lost; all of them if that is not enough.
+
+    Little: every step is finite, and a quarter of the cost is left, theirs who make it infinite aside, or less than
+    does harm.
+    """
+    broken = [pair for pair in suspects if pair[1].non_finite]
+    base = trial.cost(_without(trial, broken))
 
     def kept(count: int) -> Cost:
-        spared = {product for product, _ in suspects[:count]}
-        return trial.cost(product for product in trial.products if product not in spared)
+        return trial.cost(_without(trial, suspects[:count]))
 
     def is_enough(cost: Cost) -> bool:
-        return not cost.non_finite and cost.kl <= max(LEFT * whole.kl, NOTHING)
+        return not cost.non_finite and cost.kl <= max(LEFT * base.kl, HARMLESS)
 
-    low, high = 0, len(suspects)
+    low, high = len(broken), len(suspects)
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if is_enough(kept(middle)) else (middle + 1, high)
@@ -149,6 +166,7 @@ def bisect_precision(trial: Trial, say: Callable[[str], None]) -> Bisection:
     suspects = bisect(trial, say)
     kept, left = plan_for(trial, suspects)
     whole = trial.cost(trial.products)
+    base = trial.cost(_without(trial, [pair for pair in suspects if pair[1].non_finite]))
     say(f"{len(kept)} of {len(trial.products)} products kept in fp32: {_words(left)}")
     by_graph: dict[str, tuple[str, ...]] = {}
     for graph, layer in trial.products:
@@ -159,7 +177,7 @@ def bisect_precision(trial: Trial, say: Callable[[str], None]) -> Bisection:
         cost_all=whole.kl,
         agreement_all=whole.agreement,
         suspects=tuple(
-            Suspect(graph, layer, cost.kl, cost.kl / whole.kl if whole.kl else 0.0, cost.non_finite)
+            Suspect(graph, layer, cost.kl, cost.kl / base.kl if base.kl else 0.0, cost.non_finite)
             for (graph, layer), cost in suspects
         ),
         kept=by_graph,

@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mt3_export.lab.bisection import Trial, bisect_precision
-from mt3_export.lab.results import Bisection, to_json
+from mt3_export.lab.results import Bisection, one_line, to_json
 from mt3_export.lab.variants import VARIANTS
 from mt3_export.lab.worker import material_of
 from mt3_export.mixed_plan import ROUNDED, MixedPlan, write_plan
-from mt3_runtime.errors import OptionError
+from mt3_runtime.errors import BundleError, OptionError, OutputError
 from mt3_runtime.files import atomic_write
 from mt3_runtime.loading import load
 from mt3_runtime.strict import build, parse_json
@@ -40,6 +40,23 @@ def check_bisected(names: Sequence[str]) -> tuple[Variant, ...]:
     return tuple(VARIANTS[name] for name in dict.fromkeys(names))
 
 
+def check_plan_output(path: Path | None, bisected: Sequence[Variant]) -> None:
+    """Refuse a place for plans that is none, before any work.
+
+    Raises:
+        OptionError: there is not one plan to write, or there is such a file, which somebody may have made.
+        OutputError: its folder does not exist.
+    """
+    if path is None:
+        return
+    if len(bisected) != 1:
+        raise OptionError("--plan-output is the file of one plan: give --bisect with one precision, or leave it out")
+    if path.exists():
+        raise OptionError(f"{path} exists already: remove it, or give another --plan-output")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"folder {path.parent} does not exist: create it, or give another --plan-output")
+
+
 def bisect_one(laboratory: Laboratory, variant: Variant, plan: Path, say: Callable[[str], None]) -> Bisection:
     """Find the worst products of a precision, or what an earlier run found, and write the plan.
 
@@ -49,8 +66,8 @@ def bisect_one(laboratory: Laboratory, variant: Variant, plan: Path, say: Callab
     """
     reference = laboratory.jobs[0]
     kept = reference.results / f"bisection.{variant.name}.json"
-    if kept.exists() and not laboratory.options.again:
-        found = build(Bisection, parse_json(kept.read_bytes(), kept.name), kept.name)
+    found = None if laboratory.options.again else _read(kept)
+    if found:
         say(f"bisection of {variant.name}: kept from an earlier run")
     else:
         transcriber = load(laboratory.bundle.path, "cpu", precision="fp32", threads=reference.threads or None)
@@ -68,6 +85,13 @@ def bisect_one(laboratory: Laboratory, variant: Variant, plan: Path, say: Callab
     return replace(found, plan=plan.name)
 
 
+def _read(path: Path) -> Bisection | None:
+    try:
+        return build(Bisection, parse_json(path.read_bytes(), path.name), path.name)
+    except (OSError, BundleError):
+        return None
+
+
 def planned(job: Job, variant: Variant, plan: Path) -> Job:
     """The job that measures a plan."""
     return replace(job, precision=variant.name, plan=str(plan.absolute()))
@@ -79,7 +103,7 @@ def _plan(laboratory: Laboratory, found: Bisection) -> MixedPlan:
         "agreement_kept": found.agreement_kept,
         "kl_all": found.cost_all,
         "kl_kept": found.cost_kept,
-        "audio": shlex.join(path.name for path in laboratory.options.audio),
+        "audio": one_line(shlex.join(path.name for path in laboratory.options.audio)),
     }
     variant = VARIANTS[found.precision]
     return MixedPlan(laboratory.bundle.manifest.model.name, variant.precision, found.kept, measured)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from mt3_export.lab.results import Combination
+from mt3_export.lab.results import Combination, one_line
 from mt3_runtime.strict import build, parse_json
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from mt3_export.lab.job import Job
 
-WORKER = [sys.executable, "-m", "mt3_export.lab.worker"]
+WORKER = [sys.executable, "-P", "-m", "mt3_export.lab.worker"]  # -P: a folder of data is none of modules
 
 
 def run_child(job: Job, progress: Callable[[str], None]) -> Combination:
@@ -30,28 +31,28 @@ def run_child(job: Job, progress: Callable[[str], None]) -> Combination:
     with (
         log.open("w", encoding="utf-8") as errors,
         subprocess.Popen(  # noqa: S603 -- our own interpreter and code
-            WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace"
         ) as process,
     ):
         if process.stdin is None or process.stdout is None:
             raise TypeError("a process without pipes")
-        process.stdin.write(job.to_json())
-        process.stdin.close()
+        with suppress(BrokenPipeError):  # it is gone already: its exit code says so
+            process.stdin.write(job.to_json())
+            process.stdin.close()
         for line in process.stdout:
             progress(_text(line))
     if process.returncode == 0 and job.result.exists():
         log.unlink()
         return build(Combination, parse_json(job.result.read_bytes(), job.result.name), job.result.name)
-    said = log.read_text(encoding="utf-8").strip().splitlines() or ["it said nothing"]
+    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
     problem = f"its process ended with exit code {process.returncode} ({said[-1][:300]}): see {log.name}"
-    shown = "".join(sign if sign.isprintable() else " " for sign in problem)
     emulated = job.device == "cpu" and job.variant.is_half
-    return Combination(job.title, job.device, emulated, "failed", shown)
+    return Combination(job.title, job.device, emulated, "failed", one_line(problem))
 
 
 def _text(line: str) -> str:
     try:
         stage, done, count = json.loads(line)
-    except ValueError:  # what some library printed
-        return line.strip()
+    except (ValueError, TypeError):  # what some library printed
+        return one_line(line)
     return f"{stage} {done} of {count}" if count else str(stage)

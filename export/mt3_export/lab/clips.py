@@ -68,7 +68,8 @@ def hear_clips(job: Job, transcriber: Transcriber, say: Callable[[int, int], Non
         against = None if played is None else score_clip(found.notes, played)
         clips.append(Clip(sound.name, found.duration, len(found.notes), score_clip(found.notes, own), against))
         rows.append(heard.rows)
-        notes.append(found.notes)
+        if is_reference:
+            notes.append(found.notes)
     if is_reference:
         save_rows(job.reference_rows, rows)
         save_notes(job.reference_notes, notes)

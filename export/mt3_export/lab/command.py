@@ -6,56 +6,82 @@ import shlex
 import shutil
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mt3_export.lab.advice import recommend
-from mt3_export.lab.bisections import bisect_one, check_bisected, planned
+from mt3_export.lab.bisections import bisect_one, check_bisected, check_plan_output, planned
 from mt3_export.lab.dataset import read_reference
 from mt3_export.lab.overlays import draw_overlays
 from mt3_export.lab.report.page import write_report
-from mt3_export.lab.run import Options, collect, measure, measure_one, open_laboratory, write_results
+from mt3_export.lab.results import Bisection
+from mt3_export.lab.run import Options, collect, find_all, measure, measure_one, open_laboratory, write_results
 from mt3_export.lab.spreadsheet import write_clips_csv, write_csv
 from mt3_export.lab.variants import VARIANTS, parse_variants
-from mt3_runtime.errors import OptionError
+from mt3_runtime.bundle import open_bundle
+from mt3_runtime.errors import Mt3Error
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from mt3_export.lab.results import Bisection, Results
+    from mt3_export.lab.dataset import ClipFile
+    from mt3_export.lab.results import Results
     from mt3_export.lab.run import Laboratory
+    from mt3_export.lab.variants import Variant
 
     Say = Callable[[str], None]
 
 
-def measure_precisions(arguments: argparse.Namespace, bundle: Path, say: Say) -> str:
-    """Carry the command out on a bundle; what it prints.
+def measure_precisions(arguments: argparse.Namespace, bundle: Callable[[], Path], say: Say) -> str:
+    """Carry the command out; what it prints.
+
+    Args:
+        arguments: see `mt3-export precision --help`.
+        bundle: gives the bundle, once all that is asked for is known to make sense: it may have to be exported.
+        say: is told of what is finished.
 
     Raises:
         Mt3Error: an option is wrong, nothing can be compared, or a file cannot be written. What is finished stays.
     """
     bisected = check_bisected(arguments.bisect or ())
-    if arguments.plan and len(bisected) != 1:
-        raise OptionError("--plan names the file of one bisection: give --bisect with one precision, or leave it out")
-    laboratory = open_laboratory(_options(arguments, bundle))
-    _read_references(laboratory, say)
-    folder = arguments.output
-    bisections: list[Bisection] = []
+    check_plan_output(arguments.plan_output, bisected)
+    options = _options(arguments)
+    clips = find_all(options)
+    _read_references(clips, options.seconds, say)
+    opened = open_bundle(bundle())
     with _progress(say) as (tell, progress):
+        laboratory = open_laboratory(replace(options, bundle=opened.path), clips, opened, progress)
         try:
-            combinations = list(measure(laboratory, tell, progress))
-            for variant in bisected:
-                plan = arguments.plan or folder / f"plan.{variant.name}.toml"
-                bisections.append(bisect_one(laboratory, variant, plan, tell))
-                if bisections[-1].kept:
-                    job = planned(laboratory.jobs[0], variant, plan)
-                    combinations.append(measure_one(job, tell, progress, again=arguments.again))
+            return _measure(laboratory, arguments, bisected, tell, progress)
         finally:
-            shutil.rmtree(folder / "work", ignore_errors=True)
+            shutil.rmtree(options.output / "work", ignore_errors=True)
+
+
+def _measure(
+    laboratory: Laboratory, arguments: argparse.Namespace, bisected: Sequence[Variant], tell: Say, progress: Say
+) -> str:
     command = shlex.join(["mt3-export", *sys.argv[1:]])
-    results = collect(laboratory, combinations, bisections, allowed_loss=arguments.allow, command=command)
-    return write_all(laboratory, results)
+    combinations, bisections = list(measure(laboratory, tell, progress)), list[Bisection]()
+
+    def report() -> str:
+        results = collect(laboratory, combinations, bisections, allowed_loss=arguments.allow, command=command)
+        return write_all(laboratory, results)
+
+    text = report()  # before what may take as long again, and fail
+    for variant in bisected:
+        plan = arguments.plan_output or laboratory.options.output / f"plan.{variant.name}.toml"
+        try:
+            bisections.append(bisect_one(laboratory, variant, plan, tell))
+        except Mt3Error as error:
+            tell(f"{variant.name} is not bisected: {error}")
+            continue
+        if bisections[-1].kept:
+            job = planned(laboratory.jobs[0], variant, plan)
+            combinations.append(measure_one(job, tell, progress, again=arguments.again))
+        text = report()
+    return text
 
 
 def write_all(laboratory: Laboratory, results: Results) -> str:
@@ -69,16 +95,16 @@ def write_all(laboratory: Laboratory, results: Results) -> str:
     return f"{advice.sentence}\n{folder / 'report.html'}"
 
 
-def _read_references(laboratory: Laboratory, say: Say) -> None:
+def _read_references(clips: Sequence[ClipFile], seconds: float | None, say: Say) -> None:
     """Find out now, not after hours, what of the references cannot be read."""
-    for clip in laboratory.clips:
-        for warning in read_reference(clip, laboratory.options.seconds).warnings if clip.reference else ():
+    for clip in clips:
+        for warning in read_reference(clip, seconds).warnings if clip.reference else ():
             say(f"note: reference of {clip.name}: {warning}")
 
 
-def _options(arguments: argparse.Namespace, bundle: Path) -> Options:
+def _options(arguments: argparse.Namespace) -> Options:
     return Options(
-        bundle=bundle,
+        bundle=arguments.bundle or arguments.output,
         audio=tuple(arguments.audio),
         reference=arguments.reference_midi,
         variants=parse_variants(arguments.precisions or list(VARIANTS)),

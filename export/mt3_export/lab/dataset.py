@@ -14,7 +14,7 @@ import os
 import unicodedata
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 from typing import TYPE_CHECKING
 
@@ -78,6 +78,7 @@ def find_clips(audio: Sequence[Path], reference: Path | None = None) -> tuple[Cl
         _check_readable(each.audio)
     clips = [ClipFile(_printable(each.parts), each.audio, None) for each in found]
     _check_unique(clips)
+    _check_folders(clips)
     return tuple(clips if reference is None else _with_references(clips, found, reference))
 
 
@@ -188,6 +189,17 @@ def _check_unique(clips: Sequence[ClipFile]) -> None:
         if same is not clip:
             both = f"{str(same.audio)!r} and {str(clip.audio)!r}"
             raise OptionError(f"{both} would have one name, {clip.name!r}: rename one, or give the folder above them")
+
+
+def _check_folders(clips: Sequence[ClipFile]) -> None:
+    """What is written for a clip must not be a folder of another one's."""
+    files = {f"{clip.name}{suffix}".casefold(): clip for clip in clips for suffix in MIDI}
+    for clip in clips:
+        for parent in PurePosixPath(clip.name).parents:
+            other = files.get(str(parent).casefold())
+            if other is not None:
+                both = f"{str(other.audio)!r} and {str(clip.audio)!r}"
+                raise OptionError(f"{both} would take one name, as file and as folder: rename one")
 
 
 def _with_references(clips: Sequence[ClipFile], found: Sequence[_Found], folder: Path) -> list[ClipFile]:

@@ -33,6 +33,13 @@ def halved(graph: ir.Graph) -> dict[str, ir.Node]:
     return {name: node for name, node in products(graph).items() if FULL.isdisjoint(name.split("."))}
 
 
+def is_gated(product: ir.Node) -> bool:
+    """Whether it reads what gates let through."""
+    x = product.inputs[0]
+    source = x.producer() if x is not None else None
+    return source is not None and source.op_type == "Mul"
+
+
 def emulate(model: ir.Model, half: Half, keep: Container[str] = ()) -> None:
     """Round what the products of `model`, a graph of `ort` in fp32, read and give, but for those of `keep`.
 
@@ -58,9 +65,8 @@ class _Rounder:
         x, weights, result = product.inputs[0], product.inputs[1], product.outputs[0]
         if x is None or weights is None:
             raise TypeError(f"{product.name} has no inputs")
-        source = x.producer()
         divisor = None
-        if balanced and source is not None and source.op_type == "Mul":
+        if balanced and is_gated(product):
             x, divisor = self._divided(x, product)
         product.replace_input_with(0, self._round(x, product))
         product.replace_input_with(1, self._round(weights, product))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class ErrorSums:
-    """Differences of pairs of arrays; numbers that are not finite are counted, and count as no difference."""
+    """Differences of pairs of arrays; numbers that are not finite are counted, and taken for 0."""
 
     def __init__(self) -> None:
         self.max = self.peak = 0.0
@@ -24,7 +24,7 @@ class ErrorSums:
         """One more array, and what it should be; both of one shape."""
         finite = np.isfinite(found)
         self.non_finite += int(found.size - finite.sum())
-        a, b = wanted[finite].astype(np.float64), found[finite].astype(np.float64)
+        a, b = wanted.astype(np.float64).ravel(), np.where(finite, found, 0).astype(np.float64).ravel()
         if not a.size:
             return
         difference = b - a
@@ -38,8 +38,10 @@ class ErrorSums:
 
     @property
     def relative(self) -> float:
-        """Norm of the difference over the norm of what is wanted."""
-        return math.sqrt(self._difference / self._wanted) if self._wanted else 0.0
+        """Norm of the difference over the norm of what is wanted; 1 where all that is wanted is 0, and it is not."""
+        if not self._wanted:
+            return float(self._difference > 0)
+        return math.sqrt(self._difference / self._wanted)
 
     @property
     def cosine(self) -> float:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mt3_export.checkpoint import Checkpoint
+    from mt3_runtime.graphs import Precision
 
 
 def export_once(checkpoint: Checkpoint, folder: Path, *, gpus: bool) -> Path:
@@ -23,14 +24,18 @@ def export_once(checkpoint: Checkpoint, folder: Path, *, gpus: bool) -> Path:
         OutputError: it cannot be written.
     """
     output = folder / EXPORTED
+    precisions: tuple[Precision, ...] = ("fp32", "fp16", "bf16") if gpus else ("fp32",)
     if output.exists():
-        bundle = open_bundle(output)
-        made_from = (bundle.manifest.model, bundle.manifest.origin.checkpoint_sha256)
-        if made_from != (checkpoint.model, checkpoint.sha256):
-            raise OptionError(f"{output} is of another checkpoint than {checkpoint.source}: give another --output")
+        manifest = open_bundle(output).manifest
+        made_from = (manifest.model, manifest.features, manifest.origin.checkpoint_sha256)
+        if made_from != (checkpoint.model, checkpoint.features, checkpoint.sha256):
+            of = f"another checkpoint than {checkpoint.source}, or of other options"
+            raise OptionError(f"{output} is of {of}: give another --output")
+        if not set(precisions) <= {entry.precision for entry in manifest.graphs}:
+            raise OptionError(f"{output} has no graphs for GPUs, as none was asked for then: give another --output")
         return output
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make {folder} ({error.strerror}): choose another --output") from None
-    return export_bundle(checkpoint, output, precisions=("fp32", "fp16", "bf16") if gpus else ("fp32",))
+    return export_bundle(checkpoint, output, precisions=precisions)

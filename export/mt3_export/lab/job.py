@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mt3_export.lab.dataset import ClipFile
 from mt3_export.lab.variants import VARIANTS
-from mt3_runtime.strict import build, parse_json
+from mt3_export.mixed_plan import read_plan
 
 if TYPE_CHECKING:
     from mt3_export.lab.variants import Variant
@@ -100,7 +101,19 @@ class Job:
         """For another process."""
         return json.dumps(dataclasses.asdict(self))
 
+    def compared_with(self) -> str:
+        """See `Combination.compared_with`; empty for fp32 itself, and where it is not there."""
+        digest = hashlib.sha256()
+        for path in (self.reference_rows, self.reference_notes):
+            if self.name == REFERENCE or not path.exists():
+                return ""
+            digest.update(path.read_bytes())
+        digest.update((read_plan(Path(self.plan)).digest if self.plan else "").encode())
+        return digest.hexdigest()
+
 
 def read_job(text: bytes) -> Job:
-    """What `to_json` wrote."""
-    return build(Job, parse_json(text, "job"), "job")
+    """What `to_json` wrote: by the process that started this one, with paths of any signs."""
+    data = json.loads(text)
+    clips, calibration = tuple(Sound(**clip) for clip in data.pop("clips")), tuple(data.pop("calibration"))
+    return Job(**data, clips=clips, calibration=calibration)

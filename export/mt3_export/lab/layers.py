@@ -16,22 +16,20 @@ if TYPE_CHECKING:
 
     from mt3_export.lab.logits import LogitsBackend
     from mt3_export.lab.material import ForcedRow, Material
+    from mt3_export.lab.probes import Pair
     from mt3_export.lab.results import LayerError
-    from mt3_runtime.bundle import Bundle
     from mt3_runtime.graphs import GraphSpec
 
 LONGEST = 48  # steps of the decoder that are looked into
 
 
 def layer_errors(
-    bundle: Bundle, other: Bundle, precision: str, reference: LogitsBackend, material: Material
+    pair: Pair, reference: LogitsBackend, material: Material
 ) -> tuple[tuple[LayerError, ...], dict[str, float]]:
     """Compare the products of all graphs over a few rows, in the order of the data flow.
 
     Args:
-        bundle: the one of fp32.
-        other: holds the graphs of the other precision.
-        precision: as `other` lists them.
+        pair: what is compared.
         reference: fp32; makes what the graphs are given.
         material: rows, as many as `reference` has slots at most.
 
@@ -41,16 +39,17 @@ def layer_errors(
     group = material.rows[: reference.slots]
     states = states_of(reference, material, group)
     told = [row.memory for row in group if row.memory is not None]
-    spec = bundle.manifest.model.memory
+    manifest = pair.exact.manifest
+    spec = manifest.model.memory
     sources = [np.stack(states)]
     if told and spec:
         sources.append(reference.remember(np.stack(told)))
     found: list[LayerError] = []
     largest: dict[str, float] = {}
-    for contract in bundle.manifest.contracts:
+    for contract in manifest.contracts:
         if contract.name == FEATURES:
             continue
-        watch = Watch(bundle, other, precision, contract)
+        watch = Watch(pair, contract, reference.threads)
         if contract.name == "encoder":
             for place in sorted({row.place for row in group}):
                 watch.run({"features": material.features[place : place + 1]})

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mt3_runtime.mel import Frontend
     from mt3_runtime.rows import Status
 
+SEED = 8
 STATUSES: tuple[Status, ...] = ("ended", "truncated", "failed")
 
 
@@ -81,11 +82,13 @@ def read_rows(path: Path, count: int) -> list[list[Said]]:
 
 
 def choose_rows(clips: Sequence[Sequence[Said]], most: int) -> list[tuple[int, Said]]:
-    """Of all rows that were decoded to an end or a limit, at most so many, evenly spread over all clips."""
+    """Of all rows that were decoded to an end or a limit, at most so many, drawn from all of them by a fixed seed."""
     rows = [(clip, said) for clip, listed in enumerate(clips) for said in listed if is_usable(said)]
     if len(rows) <= most:
         return rows
-    return [rows[i] for i in np.linspace(0, len(rows) - 1, most).round().astype(int)]
+    # Not every n-th: with many channels a row, that would choose some of them always and others never.
+    drawn = np.random.default_rng(SEED).choice(len(rows), most, replace=False)
+    return [rows[i] for i in sorted(drawn.tolist())]
 
 
 def is_usable(said: Said) -> bool:

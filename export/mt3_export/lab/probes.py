@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from mt3_export.lab.emulation import FULL, is_gated
 from mt3_export.lab.errors import ErrorSums
 from mt3_export.lab.results import LayerError
-from mt3_export.products import products
+from mt3_export.products import products, weights_of
 from mt3_runtime.backends.sessions import PROVIDER, import_onnxruntime, session_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from mt3_export.lab.variants import Variant
     from mt3_runtime.bundle import Bundle
     from mt3_runtime.graphs import GraphSpec
 
@@ -29,7 +31,8 @@ EXPERT = re.compile(r"\.(up|gate|down)\.\d+$")
 class Place:
     """A product in the graph of fp32: what it reads and gives, and its node, which others keep the name of.
 
-    `compared`: not of experts, as which tokens they are given depends on what came before.
+    `compared`: not of experts, as which tokens they are given depends on what came before. `gated`: it reads what gates
+    let through. `weights`: the largest number of its matrix.
     """
 
     layer: str
@@ -37,6 +40,8 @@ class Place:
     gives: str
     node: str
     compared: bool
+    gated: bool
+    weights: float
 
 
 def places_of(bundle: Bundle, graph: str) -> list[Place]:
@@ -49,6 +54,8 @@ def places_of(bundle: Bundle, graph: str) -> list[Place]:
             gives=str(node.outputs[0].name),
             node=str(node.name),
             compared=EXPERT.search(layer) is None,
+            gated=is_gated(node),
+            weights=float(np.abs(weights_of(node)).max(initial=0.0)),
         )
         for layer, node in found.items()
     ]
@@ -57,7 +64,9 @@ def places_of(bundle: Bundle, graph: str) -> list[Place]:
 class Probe:
     """A graph of a bundle that also gives what is inside of it. Every file was verified when it was loaded before."""
 
-    def __init__(self, bundle: Bundle, graph: str, precision: str, names: Mapping[str, Sequence[str]]) -> None:
+    def __init__(
+        self, bundle: Bundle, graph: str, precision: str, names: Mapping[str, Sequence[str]], threads: int
+    ) -> None:
         """Open it; `names`: by label, names that a value may have, the first that is there counts."""
         entry = bundle.graph(graph, LOWERING, precision)
         model = ir.load(bundle.path / entry.file)
@@ -69,7 +78,7 @@ class Probe:
         wanted = {name for name in self.seen.values() if name is not None and name not in given}
         model.graph.outputs.extend(values[name] for name in sorted(wanted))
         text = ir.to_proto(model).SerializeToString()
-        ort, options = import_onnxruntime(), session_options(bundle, threads=0)
+        ort, options = import_onnxruntime(), session_options(bundle, threads)
         self.session: Any = ort.InferenceSession(text, options, providers=[PROVIDER])
         self.outputs = [output.name for output in self.session.get_outputs()]
 
@@ -87,16 +96,26 @@ def _values(graph: ir.Graph) -> dict[str, ir.Value]:
     return inner | {str(value.name): value for value in graph.inputs}
 
 
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A bundle of fp32, and one of a variant with the precision as that lists it."""
+
+    exact: Bundle
+    other: Bundle
+    variant: Variant
+    label: str
+
+
 class Watch:
     """One graph in fp32 and in another precision, given the same, layer by layer."""
 
-    def __init__(self, bundle: Bundle, other: Bundle, precision: str, spec: GraphSpec) -> None:
-        self.spec, self.places = spec, places_of(bundle, spec.name)
+    def __init__(self, pair: Pair, spec: GraphSpec, threads: int) -> None:
+        self.spec, self.places, self.variant = spec, places_of(pair.exact, spec.name), pair.variant
         reads = {f"reads {place.layer}": [place.reads] for place in self.places}
         gives = {place.layer: [place.gives] for place in self.places}
         changed = {place.layer: [f"{place.node}.product", f"{place.gives}.back", place.gives] for place in self.places}
-        self.exact = Probe(bundle, spec.name, "fp32", reads | gives)
-        self.other = Probe(other, spec.name, precision, changed)
+        self.exact = Probe(pair.exact, spec.name, "fp32", reads | gives, threads)
+        self.other = Probe(pair.other, spec.name, pair.label, changed, threads)
         self._errors: defaultdict[str, ErrorSums] = defaultdict(ErrorSums)
         self._largest: defaultdict[str, float] = defaultdict(float)
 
@@ -115,8 +134,16 @@ class Watch:
 
     @property
     def largest(self) -> float:
-        """The largest number that any product read or gave in fp32."""
-        return max(self._largest.values(), default=0.0)
+        """The largest number that products read or gave in fp32, as far as the precision has to hold it.
+
+        In half precision that is not what stays float32, nor, in fp16, what is divided row by row; but weights are.
+        """
+        if not self.variant.is_half:
+            return max(self._largest.values(), default=0.0)
+        held = [place for place in self.places if FULL.isdisjoint(place.layer.split("."))]
+        divided = self.variant.precision == "fp16"
+        numbers = [self._largest[place.layer] for place in held if not (divided and place.gated)]
+        return max([*numbers, *(place.weights for place in held)], default=0.0)
 
     def layers(self) -> Iterator[LayerError]:
         """What was found, in the order of computation."""

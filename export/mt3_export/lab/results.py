@@ -54,7 +54,7 @@ class GraphError:
     `relative`: norm of the difference over the norm. `psnr_db`: peak of fp32's outputs over the root mean square
     difference, None if there is no difference. `largest`: of all numbers that its products read or give, in fp32;
     `limit` is the largest number of the type they are rounded to, None where scales follow the numbers.
-    `non_finite`: numbers of the outputs that are not finite.
+    `non_finite`: numbers of the outputs that are not finite; they count as 0.
     """
 
     graph: str
@@ -143,7 +143,8 @@ class Combination:
     """One precision on one device. `emulated`: by rounding, on the CPU; such a one has no speed.
 
     `size_bytes`: of the graphs and weights that it reads. `problem`: why it is not done, one line; else empty.
-    `fallback_rows`: rows that gave numbers that are not finite, and were decoded again in fp32.
+    `fallback_rows`: rows that gave numbers that are not finite, and were decoded again in fp32. `compared_with`: digest
+    of what fp32 said and heard, and of the plan, which a result is good for and no other.
     """
 
     precision: str
@@ -158,6 +159,7 @@ class Combination:
     forced: Forced | None = None
     free: FreeRun | None = None
     fallback_rows: int = 0
+    compared_with: str = ""
     clips: tuple[Clip, ...] = ()
     against_fp32: Scored | None = None
     against_reference: Scored | None = None
@@ -172,7 +174,8 @@ class Combination:
 class Suspect:
     """A product, and what it costs alone: the mean KL in nats when nothing but it is in the lower precision.
 
-    `share`: of the cost of all products together. `non_finite`: steps without finite logits; one is worse than any KL.
+    `share`: of the cost of all products together, those aside that make it infinite. `non_finite`: steps without finite
+    logits; one is worse than any KL.
     """
 
     graph: str
@@ -220,6 +223,11 @@ class Results:
     command: str
     combinations: tuple[Combination, ...]
     bisections: tuple[Bisection, ...]
+
+
+def one_line(text: str) -> str:
+    """Text of any origin as results may hold it: on one line, and without signs that a terminal would obey."""
+    return "".join(sign if sign.isprintable() else " " for sign in " ".join(text.split()))
 
 
 def to_json(value: Any) -> bytes:

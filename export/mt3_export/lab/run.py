@@ -12,10 +12,10 @@ from mt3_export.lab.child import run_child
 from mt3_export.lab.dataset import find_clips
 from mt3_export.lab.job import REFERENCE, Job, Sound
 from mt3_export.lab.note_scores import summarise
-from mt3_export.lab.results import FORMAT, VERSION, Bisection, Combination, Results, to_json
-from mt3_runtime.bundle import open_bundle
+from mt3_export.lab.results import FORMAT, VERSION, Bisection, Combination, Results, one_line, to_json
+from mt3_runtime.audio import open_audio
 from mt3_runtime.devices import parse_device
-from mt3_runtime.errors import DeviceError, OptionError, OutputError
+from mt3_runtime.errors import BundleError, DeviceError, OptionError, OutputError
 from mt3_runtime.files import atomic_write
 from mt3_runtime.machine import describe_machine, package_versions
 from mt3_runtime.strict import build, parse_json
@@ -63,20 +63,27 @@ class Laboratory:
     jobs: tuple[Job, ...]
 
 
-def open_laboratory(options: Options) -> Laboratory:
-    """Find everything, and make the output folder, or go on in it.
+def find_all(options: Options) -> tuple[ClipFile, ...]:
+    """The clips, once all else that was asked for is known to make sense.
 
     Raises:
-        BundleError: there is no such bundle.
-        OptionError: a device is unknown, there are no clips, or the folder holds something else.
-        OutputError: the folder cannot be made.
+        OptionError: a device is unknown, or there are no clips, or not all have references.
     """
-    bundle = open_bundle(options.bundle)
     for device in options.devices:
         if parse_device(device).kind == "auto":
             raise OptionError("the lab does not choose a device: give --devices with cpu, cuda or tensorrt")
-    clips = find_clips(options.audio, options.reference)
-    _claim(options, bundle, clips)
+    return find_clips(options.audio, options.reference)
+
+
+def open_laboratory(options: Options, clips: tuple[ClipFile, ...], bundle: Bundle, progress: Say) -> Laboratory:
+    """Read every clip to its end, and make the output folder, or go on in it.
+
+    Raises:
+        AudioError: a clip cannot be read, which is found out here and not after hours.
+        OptionError: the folder holds something else.
+        OutputError: the folder cannot be made.
+    """
+    _claim(options, bundle, [_identity(clip, bundle, progress) for clip in clips])
     sounds = tuple(Sound(clip.name, str(clip.audio.absolute()), _path(clip.reference)) for clip in clips)
     pairs = dict.fromkeys([("fp32", "cpu"), *((v.name, d) for d, v in product(options.devices, options.variants))])
     jobs = tuple(_job(options, bundle, sounds, *pair) for pair in pairs)
@@ -119,7 +126,7 @@ def measure(laboratory: Laboratory, say: Say, progress: Say) -> tuple[Combinatio
 
 def measure_one(job: Job, say: Say, progress: Say, *, again: bool = False) -> Combination:
     """One combination, measured now, unless an earlier run finished it and it is not to be done again."""
-    kept = None if again else read_combination(job.result)
+    kept = None if again else read_combination(job)
     if kept:
         say(f"{job.name}: kept from an earlier run")
         return kept
@@ -128,12 +135,16 @@ def measure_one(job: Job, say: Say, progress: Say, *, again: bool = False) -> Co
     return found
 
 
-def read_combination(path: Path) -> Combination | None:
-    """What an earlier run finished; None where it did not, or where that cannot be read any more."""
-    if not path.exists():
+def read_combination(job: Job) -> Combination | None:
+    """What an earlier run finished; None where it did not, compared with another fp32 or plan, or cannot be read."""
+    path = job.result
+    try:
+        found = build(Combination, parse_json(path.read_bytes(), path.name), path.name)
+    except (OSError, BundleError):
         return None
-    combination = build(Combination, parse_json(path.read_bytes(), path.name), path.name)
-    return combination if combination.outcome == "done" else None
+    if job.name == REFERENCE and not (job.reference_rows.exists() and job.reference_notes.exists()):
+        return None
+    return found if found.outcome == "done" and found.compared_with == job.compared_with() else None
 
 
 def scored(combination: Combination, reference: Combination) -> Combination:
@@ -159,55 +170,70 @@ def collect(
 ) -> Results:
     """Everything that was found, for the report."""
     options = laboratory.options
+    heard = options.about or ", ".join(path.name or str(path) for path in options.audio)
+    if any(each.precision == "qdq" for each in combinations):
+        calibrated = ", ".join(path.name or str(path) for path in options.calibration)
+        heard += f"; scales of qdq from {calibrated or 'the same clips'}"
     clips = combinations[0].clips
     return Results(
         format=FORMAT,
         version=VERSION,
         model=laboratory.bundle.manifest.model.name,
-        bundle=options.bundle.name,
+        bundle=one_line(laboratory.bundle.path.name),
         bundle_sha256=laboratory.bundle.sha256,
-        audio=options.about or ", ".join(path.name or str(path) for path in options.audio),
+        audio=one_line(heard),
         clips=len(clips),
         seconds=float(sum(clip.seconds for clip in clips)),
         has_reference=options.reference is not None,
         allowed_loss=allowed_loss,
         machine=describe_machine().cpu_name,
         versions={"mt3-runtime": __version__, **{name: text for name, text in package_versions().items() if text}},
-        command=command,
+        command=one_line(command),
         combinations=tuple(scored(each, combinations[0]) for each in combinations),
         bisections=tuple(bisections),
     )
 
 
-def _claim(options: Options, bundle: Bundle, clips: Sequence[ClipFile]) -> None:
-    """Make the folder, or check that it is of the same bundle and clips."""
+def _identity(clip: ClipFile, bundle: Bundle, progress: Say) -> list[str]:
+    """What a clip is known by; it is read to its end."""
+    progress(f"reads {clip.name}")
+    with open_audio(clip.audio, sample_rate=bundle.manifest.features.sample_rate) as stream:
+        for _ in stream.blocks:
+            pass
+    return [clip.name, _digest(clip.audio), _digest(clip.reference)]
+
+
+def _claim(options: Options, bundle: Bundle, clips: Sequence[list[str]]) -> None:
+    """Make the folder, or check that it is of the same bundle, clips and machine."""
+    calibration = find_clips(options.calibration) if options.calibration else ()
     identity = {
         "format": FORMAT,
-        "version": [VERSION, __version__],
+        "version": [VERSION, __version__, package_versions().get("onnxruntime"), describe_machine().cpu_name],
         "bundle": bundle.sha256,
-        "clips": [[clip.name, _digest(clip.audio), _digest(clip.reference)] for clip in clips],
-        "calibration": [str(path) for path in options.calibration],
+        "clips": list(clips),
+        "calibration": [_digest(clip.audio) for clip in calibration],
         "seconds": options.seconds,
         "rows": options.rows,
         "threads": options.threads,
     }
     path = options.output / IDENTITY
     text = json.dumps(identity, indent=1).encode() + b"\n"
-    if path.is_file():
-        if path.read_bytes() != text:
-            raise OptionError(
-                f"{options.output} holds results of another bundle, audio or setting: give another --output"
-            )
-        return
-    if options.output.exists() and (
-        not options.output.is_dir() or any(path.name != EXPORTED for path in options.output.iterdir())
-    ):
+    known = path.read_bytes() if path.is_file() else None
+    if known not in (None, text):
+        of = "another bundle, audio, setting, machine or version"
+        raise OptionError(f"{options.output} holds results of {of}: give another --output")
+    if known is None and not _is_free(options.output):
         raise OptionError(f"{options.output} exists and is no folder of results: give another --output")
     try:
         (options.output / "combinations").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make {options.output} ({error.strerror}): choose another --output") from None
     atomic_write(path, text)
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether there is nothing that the command did not put there itself."""
+    return not folder.exists() or (folder.is_dir() and all(path.name == EXPORTED for path in folder.iterdir()))
 
 
 def _digest(path: Path | None) -> str:

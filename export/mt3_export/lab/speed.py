@@ -30,8 +30,9 @@ def measure_speed(
     """
     options = ["--device", device, "--precision", precision, *(["--threads", threads] if threads else [])]
     options += ["--segments", SEGMENTS, "--steps", steps, "--repeat", REPEAT]
-    command = [sys.executable, "-c", MAIN, "bench", "--bundle", bundle, *options, "--json"]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)  # noqa: S603 -- our own interpreter and code
+    command = [sys.executable, "-P", "-c", MAIN, "bench", "--bundle", bundle, *options, "--json"]
+    texts = [str(part) for part in command]
+    done = subprocess.run(texts, capture_output=True, text=True, errors="replace", check=False)  # noqa: S603 -- our own code
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"it ended with exit code {done.returncode}"]
         raise DeviceError(f"mt3-run bench failed ({lines[-1][:300]}): run it by hand")

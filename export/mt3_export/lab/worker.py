@@ -23,14 +23,16 @@ from mt3_export.lab.layers import layer_errors
 from mt3_export.lab.listening import read_samples
 from mt3_export.lab.logits import LogitsBackend
 from mt3_export.lab.material import Material, choose_rows, gather, is_usable, read_rows
-from mt3_export.lab.results import Combination, to_json
+from mt3_export.lab.probes import Pair
+from mt3_export.lab.results import Combination, one_line, to_json
+from mt3_export.lab.size import bytes_read
 from mt3_export.lab.speed import measure_speed, typical_steps
 from mt3_export.lab.variants import write_variant
 from mt3_export.mixed_plan import read_plan
 from mt3_runtime.backends.ort import OrtBackend
 from mt3_runtime.bundle import Bundle, open_bundle
 from mt3_runtime.devices import LOWERINGS, parse_device
-from mt3_runtime.errors import Mt3Error, OptionError
+from mt3_runtime.errors import DependencyError, DeviceError, Mt3Error, OptionError
 from mt3_runtime.files import atomic_write
 from mt3_runtime.graphs import QUANTIZED, UNCALIBRATED
 from mt3_runtime.loading import load
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
     from mt3_export.lab.clips import HeardClips
     from mt3_export.lab.job import Job
-    from mt3_export.lab.results import Forced, GraphError, LayerError, Outcome
+    from mt3_export.lab.results import Forced, GraphError, LayerError, Outcome, Speed
     from mt3_runtime.transcriber import Transcriber
 
     Say = Callable[..., None]
@@ -74,14 +76,16 @@ def main() -> int:
 def run(job: Job, say: Say) -> Combination:
     """Everything about one combination; what went wrong is told in it."""
     emulated = job.device == "cpu" and job.variant.is_half
-    outcome: Outcome = "impossible"
+    loaded = False
     try:
         say("loads")
         ready = prepare(job)
-        outcome = "failed"
+        loaded = True
         return _measure(job, ready, say)
     except Mt3Error as error:
-        return Combination(job.title, job.device, emulated, outcome, " ".join(str(error).split()))
+        not_here = not loaded and isinstance(error, DeviceError | DependencyError | OptionError)
+        outcome: Outcome = "impossible" if not_here else "failed"
+        return Combination(job.title, job.device, emulated, outcome, one_line(str(error)))
 
 
 def prepare(job: Job) -> Ready:
@@ -126,19 +130,15 @@ def _scales(job: Job, bundle: Bundle) -> Mapping[str, Mapping[str, float]] | Non
 
 def _measure(job: Job, ready: Ready, say: Say) -> Combination:
     heard = hear_clips(job, ready.transcriber, lambda done, count: say("transcribes", done, count))
-    lengths = [len(said.tokens) for rows in heard.rows for said in rows if is_usable(said)]
-    speed = None
-    if not ready.emulated:
-        say("is timed")
-        steps = typical_steps(lengths, ready.transcriber.backend.length)
-        features = ready.bundle.manifest.features
-        speed = measure_speed(ready.bundle.path, job.device, ready.label, features, steps, job.threads or None)
+    say("is timed")
+    speed, problem = _speed(job, ready, len(heard.rows))
     forced, graphs, layers = (None, (), ()) if job.name == REFERENCE else _compare(job, ready, heard, say)
     return Combination(
         precision=job.title,
         device=job.device,
         emulated=ready.emulated,
         outcome="done",
+        problem=problem,
         size_bytes=_size(job, ready),
         speed=speed,
         graphs=graphs,
@@ -146,8 +146,22 @@ def _measure(job: Job, ready: Ready, say: Say) -> Combination:
         forced=forced,
         free=heard.free,
         fallback_rows=heard.fallback_rows,
+        compared_with=job.compared_with(),
         clips=heard.clips,
     )
+
+
+def _speed(job: Job, ready: Ready, clips: int) -> tuple[Speed | None, str]:
+    """How fast it is, over as many steps as fp32's rows take, or why that is not known: notes need no timing."""
+    if ready.emulated:
+        return None, ""
+    rows = [said for listed in read_rows(job.reference_rows, clips) for said in listed if is_usable(said)]
+    steps = typical_steps([len(said.tokens) for said in rows], ready.transcriber.backend.length)
+    features, threads = ready.bundle.manifest.features, job.threads or None
+    try:
+        return measure_speed(ready.bundle.path, job.device, ready.label, features, steps, threads), ""
+    except DeviceError as error:
+        return None, one_line(f"not timed: {error}")
 
 
 def _compare(
@@ -167,7 +181,8 @@ def _compare(
     forced = Forcing(reference, material).run(other).summary()
     say("is looked into")
     few = Material(material.features, material.rows[:: -(-len(material.rows) // LOOKED_INTO)])
-    layers, largest = layer_errors(original, ready.bundle, ready.label, reference, few)
+    pair = Pair(original, ready.bundle, job.variant, ready.label)
+    layers, largest = layer_errors(pair, reference, few)
     return forced, graph_errors(reference, other, few, largest, job.variant.limit), layers
 
 
@@ -191,20 +206,13 @@ def backend_for(bundle: Bundle, precision: str, length: int, threads: int) -> Lo
 
 
 def _size(job: Job, ready: Ready) -> int | None:
-    """Bytes of the files that it reads; None if it is emulated, and the bundle has no graphs of that precision."""
-    kinds = (LOWERINGS[parse_device(job.device).kind],) if not ready.emulated else ("tensorrt", "cuda")
-    label = ready.label if not ready.emulated else job.variant.precision
-    manifest = ready.bundle.manifest if not ready.emulated else open_bundle(job.bundle).manifest
-    for kind in kinds:
-        files = {
-            name
-            for entry in manifest.graphs
-            if (entry.lowering, entry.precision) == (kind, label)
-            for name in (entry.file, entry.weights)
-        }
-        if files:
-            return sum(manifest.files[name].size for name in files)
-    return None
+    """Bytes that it reads; None if it is emulated, and the bundle has no graphs of that precision."""
+    if not ready.emulated:
+        return bytes_read(ready.bundle, LOWERINGS[parse_device(job.device).kind], ready.label)
+    if job.plan:  # in whose graphs some weights are larger
+        return None
+    original, precision = open_bundle(job.bundle), job.variant.precision
+    return bytes_read(original, "tensorrt", precision) or bytes_read(original, "cuda", precision)
 
 
 def _say(stage: str, done: int | None = None, count: int | None = None) -> None:
