@@ -62,6 +62,10 @@ def output(musical_folder, clips, tmp_path_factory):
     return folder
 
 
+def ignored(*_):
+    pass
+
+
 def run(bundle, clips, folder, *options, precisions="fp16,int8", devices="cpu,cuda"):
     audio = ["--audio", str(clips / "audio"), "--reference-midi", str(clips / "midi")]
     rest = ["--precisions", precisions, "--devices", devices, "--output", str(folder), "--threads", "1"]
@@ -189,9 +193,9 @@ def test_a_process_that_dies_is_one_result(output, musical_folder, clips, tmp_pa
     script = "import os, sys; print('words', file=sys.stderr, flush=True); os.kill(os.getpid(), 9)"
     monkeypatch.setattr(child, "WORKER", [sys.executable, "-c", script])
     asked = options(musical_folder, clips, folder, "fp16,int8")
-    laboratory = open_laboratory(asked, find_all(asked), open_bundle(musical_folder), str)
+    laboratory = open_laboratory(asked, find_all(asked), open_bundle(musical_folder), ignored)
     said = []
-    found = {each.name: each for each in measure(laboratory, said.append, said.append)}
+    found = {each.name: each for each in measure(laboratory, said.append, ignored)}
     assert [each.outcome for each in found.values()] == ["done", "done", "failed"]
     assert found["int8-cpu"].problem == "its process ended with exit code -9 (words): see int8-cpu.log"
     assert (folder / "combinations" / "int8-cpu.log").read_text() == "words\n"
@@ -199,7 +203,7 @@ def test_a_process_that_dies_is_one_result(output, musical_folder, clips, tmp_pa
     for path in (folder / "combinations").glob("fp32-cpu*"):
         path.unlink()
     with pytest.raises(DeviceError, match="fp32 on the CPU, which all is compared with, failed") as caught:
-        measure(laboratory, said.append, said.append)
+        measure(laboratory, said.append, ignored)
     assert str(caught.value).endswith(": mend that")
 
 
@@ -289,7 +293,7 @@ def test_results_compared_with_another_fp32_or_unreadable_are_made_again(output,
     folder = tmp_path / "out"
     subprocess.run(["cp", "-r", str(output), str(folder)], check=True)
     asked = options(musical_folder, clips, folder, "fp16,int8")
-    jobs = {job.name: job for job in open_laboratory(asked, find_all(asked), open_bundle(musical_folder), str).jobs}
+    jobs = {job.name: job for job in open_laboratory(asked, find_all(asked), open_bundle(musical_folder), ignored).jobs}
     assert all(read_combination(job) for job in jobs.values())
     (folder / "combinations" / "fp16-cpu.json").write_bytes(b"{}")
     assert read_combination(jobs["fp16-cpu"]) is None

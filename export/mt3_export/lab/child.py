@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 WORKER = [sys.executable, "-P", "-m", "mt3_export.lab.worker"]  # -P: a folder of data is none of modules
 
 
-def run_child(job: Job, progress: Callable[[str], None]) -> Combination:
+def run_child(job: Job, progress: Callable[[str, int, int], None]) -> Combination:
     """What the process found; a crash is a result that failed, with the process's last words in a file beside it.
 
     Args:
         job: what to do.
-        progress: is told what the process is doing.
+        progress: is told what the process is doing, how far it is and of how many; 0 and 0 where that cannot be told.
     """
     job.result.unlink(missing_ok=True)
     log = job.result.with_suffix(".log")
@@ -40,7 +40,7 @@ def run_child(job: Job, progress: Callable[[str], None]) -> Combination:
             process.stdin.write(job.to_json())
             process.stdin.close()
         for line in process.stdout:
-            progress(_text(line))
+            progress(*_told(line))
     if process.returncode == 0 and job.result.exists():
         log.unlink()
         return build(Combination, parse_json(job.result.read_bytes(), job.result.name), job.result.name)
@@ -50,9 +50,9 @@ def run_child(job: Job, progress: Callable[[str], None]) -> Combination:
     return Combination(job.title, job.device, emulated, "failed", one_line(problem))
 
 
-def _text(line: str) -> str:
+def _told(line: str) -> tuple[str, int, int]:
     try:
         stage, done, count = json.loads(line)
+        return str(stage), int(done), int(count)
     except (ValueError, TypeError):  # what some library printed
-        return one_line(line)
-    return f"{stage} {done} of {count}" if count else str(stage)
+        return one_line(line), 0, 0

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from mt3_export.lab.variants import Variant
 
     Say = Callable[[str], None]
+    Progress = Callable[[str, int, int], None]
+
+COUNTED, PLAIN = "{desc} |{bar:30}| {n_fmt} of {total_fmt}, {elapsed}", "{desc}, {elapsed}"  # of tqdm
 
 
 def measure_precisions(arguments: argparse.Namespace, bundle: Callable[[], Path], say: Say) -> str:
@@ -60,7 +63,7 @@ def measure_precisions(arguments: argparse.Namespace, bundle: Callable[[], Path]
 
 
 def _measure(
-    laboratory: Laboratory, arguments: argparse.Namespace, bisected: Sequence[Variant], tell: Say, progress: Say
+    laboratory: Laboratory, arguments: argparse.Namespace, bisected: Sequence[Variant], tell: Say, progress: Progress
 ) -> str:
     command = shlex.join(["mt3-export", *sys.argv[1:]])
     combinations, bisections = list(measure(laboratory, tell, progress)), list[Bisection]()
@@ -120,14 +123,19 @@ def _options(arguments: argparse.Namespace) -> Options:
 
 
 @contextmanager
-def _progress(say: Say) -> Iterator[tuple[Say, Say]]:
-    """What is told of what is finished, and of what is under way: a line that the next one replaces."""
+def _progress(say: Say) -> Iterator[tuple[Say, Progress]]:
+    """What is told of what is finished, and of what is under way: a bar, where there is a terminal."""
     from tqdm import tqdm  # noqa: PLC0415 -- not needed to say that an option is wrong
 
-    with tqdm(bar_format="{desc} ({elapsed})", leave=False, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(leave=False, disable=not sys.stderr.isatty()) as bar:
 
         def tell(text: str) -> None:
             bar.clear()
             say(text)
 
-        yield tell, bar.set_description_str
+        def progress(text: str, done: int, count: int) -> None:
+            bar.bar_format = COUNTED if count else PLAIN
+            bar.n, bar.total = done, count
+            bar.set_description_str(text)
+
+        yield tell, progress

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mt3_runtime.bundle import Bundle
 
     Say = Callable[[str], None]
+    Progress = Callable[[str, int, int], None]
 
 IDENTITY = "lab.json"  # what the folder's results are of
 EXPORTED = "bundle"  # made of a checkpoint by the command itself
@@ -75,7 +76,7 @@ def find_all(options: Options) -> tuple[ClipFile, ...]:
     return find_clips(options.audio, options.reference)
 
 
-def open_laboratory(options: Options, clips: tuple[ClipFile, ...], bundle: Bundle, progress: Say) -> Laboratory:
+def open_laboratory(options: Options, clips: tuple[ClipFile, ...], bundle: Bundle, progress: Progress) -> Laboratory:
     """Read every clip to its end, and make the output folder, or go on in it.
 
     Raises:
@@ -83,7 +84,11 @@ def open_laboratory(options: Options, clips: tuple[ClipFile, ...], bundle: Bundl
         OptionError: the folder holds something else.
         OutputError: the folder cannot be made.
     """
-    _claim(options, bundle, [_identity(clip, bundle, progress) for clip in clips])
+    known = []
+    for done, clip in enumerate(clips):
+        progress("reads", done, len(clips))
+        known.append(_identity(clip, bundle))
+    _claim(options, bundle, known)
     sounds = tuple(Sound(clip.name, str(clip.audio.absolute()), _path(clip.reference)) for clip in clips)
     pairs = dict.fromkeys([("fp32", "cpu"), *((v.name, d) for d, v in product(options.devices, options.variants))])
     jobs = tuple(_job(options, bundle, sounds, *pair) for pair in pairs)
@@ -105,13 +110,13 @@ def _job(options: Options, bundle: Bundle, sounds: tuple[Sound, ...], precision:
     )
 
 
-def measure(laboratory: Laboratory, say: Say, progress: Say) -> tuple[Combination, ...]:
+def measure(laboratory: Laboratory, say: Say, progress: Progress) -> tuple[Combination, ...]:
     """Run what is not finished; fp32 on the CPU comes first, and the others are compared with it.
 
     Args:
         laboratory: what to run.
         say: is told of every combination that is finished or failed.
-        progress: is told what the one under way is doing.
+        progress: is told what the one under way is doing, how far it is, and of how many.
 
     Raises:
         DeviceError: fp32 on the CPU failed, without which there is nothing to compare with.
@@ -124,13 +129,13 @@ def measure(laboratory: Laboratory, say: Say, progress: Say) -> tuple[Combinatio
     return tuple(found)
 
 
-def measure_one(job: Job, say: Say, progress: Say, *, again: bool = False) -> Combination:
+def measure_one(job: Job, say: Say, progress: Progress, *, again: bool = False) -> Combination:
     """One combination, measured now, unless an earlier run finished it and it is not to be done again."""
     kept = None if again else read_combination(job)
     if kept:
         say(f"{job.name}: kept from an earlier run")
         return kept
-    found = run_child(job, lambda text: progress(f"{job.name} {text}"))
+    found = run_child(job, lambda text, done, count: progress(f"{job.name} {text}", done, count))
     say(f"{job.name}: {f'{found.outcome}: {found.problem}' if found.problem else 'done'}")
     return found
 
@@ -194,9 +199,8 @@ def collect(
     )
 
 
-def _identity(clip: ClipFile, bundle: Bundle, progress: Say) -> list[str]:
+def _identity(clip: ClipFile, bundle: Bundle) -> list[str]:
     """What a clip is known by; it is read to its end."""
-    progress(f"reads {clip.name}")
     with open_audio(clip.audio, sample_rate=bundle.manifest.features.sample_rate) as stream:
         for _ in stream.blocks:
             pass

@@ -215,7 +215,7 @@ def _size(job: Job, ready: Ready) -> int | None:
     return bytes_read(original, "tensorrt", precision) or bytes_read(original, "cuda", precision)
 
 
-def _say(stage: str, done: int | None = None, count: int | None = None) -> None:
+def _say(stage: str, done: int = 0, count: int = 0) -> None:
     sys.stdout.write(json.dumps([stage, done, count]) + "\n")
     sys.stdout.flush()
 

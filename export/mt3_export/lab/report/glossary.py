@@ -62,7 +62,11 @@ def glossary(report: Report) -> Markup:
 
 def _missing(report: Report) -> list[str]:
     results = report.results
-    told = [f"{c.name}: {c.problem or 'no reason was given'}" for c in results.combinations if c.outcome != "done"]
+    told = [
+        f"{c.name}: {c.problem or 'no reason was given'}"
+        for c in results.combinations
+        if c.problem or c.outcome != "done"
+    ]
     emulated = [s.label for s in report.done if s.combination.emulated]
     untimed = [s.label for s in report.done if not s.combination.emulated and s.combination.speed is None]
     unscored = [s.label for s in report.others if s.combination.against_fp32 is None]
