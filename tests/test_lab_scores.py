@@ -240,12 +240,21 @@ def test_against_a_reference_losses_are_paired():
         "onset": [0.02, -0.02, 1.0],
         "onset_offset": [-0.02, 0.0],
         "onset_offset_program": [0.1, 0.0],
-        "drums": [0.1, 0.7],  # in the first clip fp32 heard none and none were played: no score of fp32 to lose
+        "drums": [1.0, 0.1, 0.7],  # in the first clip fp32 heard none, and none were played
         "leakage": [0.2, 0.0],  # this one's less fp32's
     }
     assert found.loss.keys() == lost.keys()
     for name, values in lost.items():
         assert astuple(found.loss[name]) == pytest.approx(astuple(estimate(values, (-1.0, 1.0))), abs=1e-12)
+
+
+def test_who_hears_nothing_where_nothing_is_has_lost_nothing():
+    quiet, loud = (F1s(0.5, None, None, drums, 0.0) for drums in (None, 0.0))
+    gains = summarise((clip("a", NONE, quiet),), (clip("a", NONE, loud),), "reference").loss
+    losses = summarise((clip("a", NONE, loud),), (clip("a", NONE, quiet),), "reference").loss
+    neither = summarise((clip("a", NONE, quiet),), (clip("a", NONE, quiet),), "reference").loss
+    assert (gains["drums"].mean, losses["drums"].mean) == (-1.0, 1.0)
+    assert "drums" not in neither
 
 
 def test_pairing_makes_intervals_narrow():

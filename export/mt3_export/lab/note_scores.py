@@ -42,8 +42,8 @@ def summarise(clips: Sequence[Clip], reference_clips: Sequence[Clip], against: A
     """Means over the clips that have a score, and what is lost where fp32 has it too.
 
     A loss is fp32's score less this one's, clip by clip; of leakage, this one's less fp32's: a loss above zero is
-    always worse. Against its own notes fp32 scores 1, and leaks 0. A clip in which only one of both has a score (drums
-    heard where fp32 heard none and none were played) is in no loss of that score.
+    always worse. Against its own notes fp32 scores 1, and leaks 0. Against a reference, who has no score of a clip (no
+    drums were played, and it heard none) has lost nothing there, and is taken to score 1 where the other one has one.
 
     Args:
         clips: Of one combination.
@@ -62,7 +62,7 @@ def summarise(clips: Sequence[Clip], reference_clips: Sequence[Clip], against: A
     pairs = [] if clips is reference_clips else list(zip(ours, theirs, strict=True))
     return Scored(
         scores=_estimates({name: [score[name] for score in ours if name in score] for name in NAMES}, SCORES),
-        loss=_estimates({name: _losses(name, pairs) for name in NAMES}, bounds),
+        loss=_estimates({name: _losses(name, pairs, _silent(name, against)) for name in NAMES}, bounds),
     )
 
 
@@ -82,9 +82,21 @@ def _own(clip: Clip, against: Against) -> dict[str, float]:
     return _scores(clip, against) if against == "reference" else {name: float(name != LEAKAGE) for name in NAMES}
 
 
-def _losses(name: str, pairs: Iterable[tuple[Mapping[str, float], Mapping[str, float]]]) -> list[float]:
-    sign = -1.0 if name == LEAKAGE else 1.0
-    return [sign * (theirs[name] - ours[name]) for ours, theirs in pairs if name in ours and name in theirs]
+def _silent(name: str, against: Against) -> float | None:
+    """The score of who rightly heard nothing; None where that is no score."""
+    return 1.0 if against == "reference" and name != LEAKAGE else None
+
+
+def _losses(
+    name: str, pairs: Iterable[tuple[Mapping[str, float], Mapping[str, float]]], silent: float | None
+) -> list[float]:
+    sign, losses = -1.0 if name == LEAKAGE else 1.0, []
+    for ours, theirs in pairs:
+        if name in ours or name in theirs:
+            mine, wanted = ours.get(name, silent), theirs.get(name, silent)
+            if mine is not None and wanted is not None:
+                losses.append(sign * (wanted - mine))
+    return losses
 
 
 def _estimates(values: Mapping[str, Sequence[float]], bounds: tuple[float, float]) -> dict[str, Estimate]:

@@ -175,10 +175,9 @@ def collect(
 ) -> Results:
     """Everything that was found, for the report."""
     options = laboratory.options
-    heard = options.about or ", ".join(path.name or str(path) for path in options.audio)
+    heard = options.about or ", ".join(map(str, options.audio))
     if any(each.precision == "qdq" for each in combinations):
-        calibrated = ", ".join(path.name or str(path) for path in options.calibration)
-        heard += f"; scales of qdq from {calibrated or 'the same clips'}"
+        heard += f"; scales of qdq from {', '.join(map(str, options.calibration)) or 'the same clips'}"
     clips = combinations[0].clips
     return Results(
         format=FORMAT,
