@@ -59,7 +59,11 @@ def summarise(clips: Sequence[Clip], reference_clips: Sequence[Clip], against: A
     ours = [_scores(clip, against) for clip in clips]
     theirs = [_own(clip, against) for clip in reference_clips]
     bounds = LOSSES if against == "reference" else SCORES
-    pairs = [] if clips is reference_clips else list(zip(ours, theirs, strict=True))
+    pairs = [
+        pair
+        for pair, mine in zip(zip(ours, theirs, strict=True), clips, strict=True)
+        if clips is not reference_clips and (against == "fp32" or mine.against_reference is not None)
+    ]
     return Scored(
         scores=_estimates({name: [score[name] for score in ours if name in score] for name in NAMES}, SCORES),
         loss=_estimates({name: _losses(name, pairs, _silent(name, against)) for name in NAMES}, bounds),
