@@ -31,7 +31,7 @@ def test_the_options_reach_the_reader(monkeypatch):
     for command in (["bundle", "--output", "x"], ["verify", "x"]):
         for model in MODELS:
             options = ["--model", model, "--checkpoint", "a.ckpt", "--memory-length", "0"]
-            cli._load(cli.build_parser().parse_args([*command, *options]))
+            cli.load_checkpoint_of(cli.build_parser().parse_args([*command, *options]))
             assert (seen[-1]["model"], seen[-1]["memory_length"]) == (model, 0)
 
 

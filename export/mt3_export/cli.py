@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mt3_export.checkpoint_options import MODELS, add_checkpoint_options, load_checkpoint_of
 from mt3_export.mr_mt3 import models_of
+from mt3_export.precision_options import add_precision
 from mt3_export.published import PUBLISHED
-from mt3_export.settings import FAMILY
 from mt3_export.yourmt3_models import MODELS as YOURMT3
 from mt3_runtime.cli import positive, report_errors
 from mt3_runtime.errors import CheckpointError, DependencyError, OptionError
-from mt3_runtime.specs import MT3_FRONTENDS, POSITION_BASES
 from mt3_runtime.version import __version__
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001 -- argparse names it no other way
 
-MODELS = (*FAMILY, *YOURMT3)
 DIFFERS = 1  # exit code of `verify` when a graph is further from torch than it may be
 
 
@@ -49,26 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_fetch(commands)
     _add_engines(commands)
-    _add_precision(commands)
+    add_precision(commands)
     return parser
-
-
-def _add_checkpoint_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    parser.add_argument("--checkpoint", required=required, metavar="FILE|random:SEED", help="weights to export")
-    parser.add_argument(
-        "--position-base", type=int, choices=POSITION_BASES, help="mt3: 255, Magenta's rule, or 256, MR-MT3's"
-    )
-    parser.add_argument("--frontend", choices=MT3_FRONTENDS, help="mt3: log-mel it was trained with")
-    parser.add_argument("--mel-norm", choices=("on", "off"), help="mt3: whether it was scaled to 0..1")
-    parser.add_argument("--num-heads", type=positive, metavar="N", help="attention heads, where the file does not say")
-    parser.add_argument("--max-length", type=positive, metavar="N", help="longest token sequence of a segment")
-    parser.add_argument(
-        "--memory-length",
-        type=int,
-        metavar="N",
-        help="MR-MT3: vectors of its memory, where the file's name does not say",
-    )
-    parser.add_argument("--name", help="what the model is called in results (default: from the file)")
 
 
 def _add_bundle(commands: Commands) -> None:
@@ -76,7 +56,7 @@ def _add_bundle(commands: Commands) -> None:
     parser.add_argument(
         "--model", required=True, choices=MODELS, help="what the checkpoint is (published MR-MT3: mr-mt3)"
     )
-    _add_checkpoint_options(parser)
+    add_checkpoint_options(parser)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to create")
     _add_precisions(parser, "fp32", "with commas: fp32 (always); fp16, bf16 (for GPUs); int8, w8, w4 (for the CPU)")
     parser.add_argument("--weights", choices=("fp32", "fp16"), default="fp32", help="how matrices are stored")
@@ -125,7 +105,7 @@ def _add_verify(commands: Commands) -> None:
     parser = commands.add_parser("verify", help="compare a bundle's graphs with torch, step by step")
     parser.add_argument("bundle", type=Path, metavar="DIR")
     parser.add_argument("--model", choices=MODELS, default="mt3", help="what the checkpoint is (default: mt3)")
-    _add_checkpoint_options(parser)
+    add_checkpoint_options(parser)
     parser.add_argument("--segments", type=positive, default=2, metavar="N")
     parser.add_argument("--steps", type=positive, default=64, metavar="N")
     parser.add_argument("--json", action="store_true", help="one JSON array on standard output")
@@ -164,90 +144,6 @@ def _add_engines(commands: Commands) -> None:
     parser.set_defaults(command=_engines)
 
 
-def _add_precision(commands: Commands) -> None:
-    parser = commands.add_parser("precision", help="what every precision costs in notes and brings in time: a report")
-    parser.add_argument("bundle", type=Path, nargs="?", metavar="DIR", help="what to measure, or else --checkpoint")
-    parser.add_argument(
-        "--audio", type=Path, nargs="+", required=True, metavar="PATH", help="files, or folders of them"
-    )
-    parser.add_argument(
-        "--reference-midi", type=Path, metavar="DIR", help="what was played: a MIDI file for every clip"
-    )
-    parser.add_argument(
-        "--output", required=True, type=Path, metavar="DIR", help="folder of the report, or to go on in"
-    )
-    parser.add_argument("--precisions", type=_listed, metavar="LIST", help="with commas (default: all)")
-    parser.add_argument(
-        "--devices", type=_listed, default=["cpu"], metavar="LIST", help="some of cpu,cuda,tensorrt (default: cpu)"
-    )
-    parser.add_argument(
-        "--bisect", type=_listed, metavar="LIST", help="precisions whose worst products are looked for, for a plan"
-    )
-    parser.add_argument("--plan-output", type=Path, metavar="FILE", help="default: plan.PRECISION.toml in the output")
-    parser.add_argument(
-        "--calibration", type=Path, nargs="+", metavar="PATH", help="audio for qdq (default: the clips)"
-    )
-    parser.add_argument("--seconds", type=_seconds, metavar="S", help="of every clip, from its start (default: all)")
-    parser.add_argument(
-        "--rows", type=positive, default=256, metavar="N", help="rows told fp32's tokens (default: 256)"
-    )
-    parser.add_argument(
-        "--allow",
-        type=_share,
-        default=0.005,
-        metavar="F1",
-        help="loss of F1 a recommendation may have (default: 0.005)",
-    )
-    parser.add_argument("--threads", type=positive, metavar="N", help="of the CPU (default: one for every core)")
-    parser.add_argument(
-        "--about", default="", metavar="TEXT", help="what the audio is, for the report (default: names)"
-    )
-    parser.add_argument("--again", action="store_true", help="measure also what is finished")
-    parser.add_argument("--model", choices=MODELS, help="with --checkpoint: what it is")
-    _add_checkpoint_options(parser, required=False)
-    parser.set_defaults(command=_precision)
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no length of time: give a number above 0")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no difference of F1: give 0 to 1, such as 0.005")
-    return value
-
-
-def _listed(text: str) -> list[str]:
-    return text.split(",")
-
-
-def _load(arguments: argparse.Namespace) -> Checkpoint:
-    from dataclasses import replace  # noqa: PLC0415 -- torch takes seconds to import: not for --help
-
-    from mt3_export.checkpoint import load_checkpoint  # noqa: PLC0415
-
-    checkpoint = load_checkpoint(
-        arguments.checkpoint,
-        model=arguments.model,
-        frontend=arguments.frontend,
-        mel_norm=None if arguments.mel_norm is None else arguments.mel_norm == "on",
-        position_base=arguments.position_base,
-        num_heads=arguments.num_heads,
-        max_length=arguments.max_length,
-        memory_length=arguments.memory_length,
-    )
-    for warning in checkpoint.warnings:
-        print(f"note: {warning}", file=sys.stderr)
-    if arguments.name:
-        return replace(checkpoint, model=replace(checkpoint.model, name=arguments.name))
-    return checkpoint
-
-
 def _bundle(arguments: argparse.Namespace) -> int:
     from mt3_export.bundle_folder import check_output  # noqa: PLC0415
     from mt3_export.bundle_writer import export_bundle  # noqa: PLC0415
@@ -257,7 +153,7 @@ def _bundle(arguments: argparse.Namespace) -> int:
     check_output(arguments.output)  # before the work
     plans = [read_plan(file) for file in arguments.plan]
     precisions = checked_precisions(arguments.precision)
-    checkpoint = _load(arguments)
+    checkpoint = load_checkpoint_of(arguments)
     export_bundle(
         checkpoint,
         arguments.output,
@@ -310,7 +206,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     bundle = open_bundle(arguments.bundle)
     _check_model(bundle, arguments.model)
-    checkpoint = _load(arguments)
+    checkpoint = load_checkpoint_of(arguments)
     _check_memory(bundle, checkpoint)
     if checkpoint.model.max_length < arguments.steps:
         raise CheckpointError(
@@ -369,27 +265,3 @@ def _engines(arguments: argparse.Namespace) -> int:
 
     print(build_engines(arguments, lambda message: print(message, file=sys.stderr)))
     return 0
-
-
-def _precision(arguments: argparse.Namespace) -> int:
-    try:
-        from mt3_export.lab.command import measure_precisions  # noqa: PLC0415
-    except ImportError as error:
-        raise DependencyError(f"{error.name} cannot be imported: pip install 'mt3-runtime[cpu,quantize]'") from None
-    if (arguments.bundle is None) == (arguments.checkpoint is None):
-        raise OptionError("what is to be measured is a bundle or a checkpoint: give the folder, or --checkpoint")
-    if arguments.checkpoint and not arguments.model:
-        raise OptionError("a checkpoint does not say what it is: give --model")
-
-    def bundle() -> Path:
-        return arguments.bundle or _exported(arguments)
-
-    print(measure_precisions(arguments, bundle, lambda message: print(message, file=sys.stderr)))
-    return 0
-
-
-def _exported(arguments: argparse.Namespace) -> Path:
-    """The bundle of a checkpoint, in the folder of the report."""
-    from mt3_export.lab.exported import export_once  # noqa: PLC0415
-
-    return export_once(_load(arguments), arguments.output, gpus=any(device != "cpu" for device in arguments.devices))

@@ -17,6 +17,7 @@ from mt3_export.lab.report.page import write_report
 from mt3_export.lab.results import Bisection
 from mt3_export.lab.run import Options, collect, find_all, measure, measure_one, open_laboratory, write_results
 from mt3_export.lab.spreadsheet import write_clips_csv, write_csv
+from mt3_export.lab.timing import time_all
 from mt3_export.lab.variants import VARIANTS, parse_variants
 from mt3_runtime.bundle import open_bundle
 from mt3_runtime.errors import Mt3Error
@@ -56,6 +57,7 @@ def measure_precisions(arguments: argparse.Namespace, bundle: Callable[[], Path]
     opened = open_bundle(bundle())
     with _progress(say) as (tell, progress):
         laboratory = open_laboratory(replace(options, bundle=opened.path), clips, opened, progress)
+        shutil.rmtree(options.output / "work", ignore_errors=True)  # of a run that was killed
         try:
             return _measure(laboratory, arguments, bisected, tell, progress)
         finally:
@@ -66,13 +68,14 @@ def _measure(
     laboratory: Laboratory, arguments: argparse.Namespace, bisected: Sequence[Variant], tell: Say, progress: Progress
 ) -> str:
     command = shlex.join(["mt3-export", *sys.argv[1:]])
+    jobs = list(laboratory.jobs)
     combinations, bisections = list(measure(laboratory, tell, progress)), list[Bisection]()
 
     def report() -> str:
         results = collect(laboratory, combinations, bisections, allowed_loss=arguments.allow, command=command)
         return write_all(laboratory, results)
 
-    text = report()  # before what may take as long again, and fail
+    report()  # before what may take as long again, and fail
     for variant in bisected:
         plan = arguments.plan_output or laboratory.options.output / f"plan.{variant.name}.toml"
         try:
@@ -81,10 +84,10 @@ def _measure(
             tell(f"{variant.name} is not bisected: {error}")
             continue
         if bisections[-1].kept:
-            job = planned(laboratory.jobs[0], variant, plan)
-            combinations.append(measure_one(job, tell, progress, again=arguments.again))
-        text = report()
-    return text
+            jobs.append(planned(laboratory.jobs[0], variant, plan))
+            combinations.append(measure_one(jobs[-1], tell, progress, again=arguments.again))
+    combinations[:] = time_all(laboratory, jobs, combinations, progress)
+    return report()
 
 
 def write_all(laboratory: Laboratory, results: Results) -> str:

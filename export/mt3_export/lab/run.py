@@ -149,7 +149,8 @@ def read_combination(job: Job) -> Combination | None:
         return None
     if job.name == REFERENCE and not (job.reference_rows.exists() and job.reference_notes.exists()):
         return None
-    return found if found.outcome == "done" and found.compared_with == job.compared_with() else None
+    is_whole = found.outcome == "done" and (found.emulated or found.speed is not None)
+    return found if is_whole and found.compared_with == job.compared_with() else None
 
 
 def scored(combination: Combination, reference: Combination) -> Combination:

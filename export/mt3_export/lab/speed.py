@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -13,28 +13,65 @@ from mt3_export.lab.results import Speed
 from mt3_runtime.errors import DeviceError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from mt3_runtime.specs import FeatureSpec
 
 SEGMENTS, REPEAT = 16, 3
-PROCESSES = 3  # on shared machines some are slow from their beginning to their end
+ROUNDS = 5  # in turns: on shared machines a slow minute is then everybody's
 MAIN = "import sys; from mt3_runtime.cli import main; sys.exit(main())"
 
 
-def measure_speed(
-    bundle: Path, device: str, precision: str, features: FeatureSpec, steps: int, threads: int | None
-) -> Speed:
-    """Time a bundle with `steps` steps a row, which should be the median of the audio at hand: medians of processes.
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """A combination that can be timed: a bundle that has it, the device, and the precision as the bundle lists it."""
 
-    Raises:
-        DeviceError: a process failed; the message has its last line.
+    name: str
+    bundle: Path
+    device: str
+    precision: str
+
+
+def measure_speeds(
+    listed: Sequence[Timed],
+    features: FeatureSpec,
+    steps: int,
+    threads: int | None,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Speed | str]:
+    """Time combinations in turns, each time in a new process, and take the medians: by name, or why there is none.
+
+    Args:
+        listed: what to time.
+        features: of the model.
+        steps: of every row, which should be the median of the audio at hand.
+        threads: of the CPU; None for all.
+        progress: is told which one is under way.
     """
-    options = ["--device", device, "--precision", precision, *(["--threads", threads] if threads else [])]
-    options += ["--segments", SEGMENTS, "--steps", steps, "--repeat", REPEAT]
-    command = [sys.executable, "-P", "-c", MAIN, "bench", "--bundle", bundle, *options, "--json"]
-    runs = [_speed(_bench([str(part) for part in command]), features, steps) for _ in range(PROCESSES)]
+    runs: dict[str, list[Speed]] = {each.name: [] for each in listed}
+    failed: dict[str, Speed | str] = {}
+    for turn in range(ROUNDS):
+        for place, each in enumerate(listed):
+            progress(f"times {each.name}", turn * len(listed) + place, ROUNDS * len(listed))
+            if each.name not in failed:
+                try:
+                    runs[each.name].append(_speed(_bench(_command(each, steps, threads)), features, steps))
+                except DeviceError as error:
+                    failed[each.name] = f"not timed: {error}"
+    return {name: _medians(own) for name, own in runs.items() if name not in failed} | failed
+
+
+def _medians(runs: Sequence[Speed]) -> Speed:
     return Speed(**{field.name: median(getattr(run, field.name) for run in runs) for field in fields(Speed)})
+
+
+def _command(timed: Timed, steps: int, threads: int | None) -> list[str]:
+    options = ["--device", timed.device, "--precision", timed.precision, *(["--threads", threads] if threads else [])]
+    options += ["--segments", SEGMENTS, "--steps", steps, "--repeat", REPEAT]
+    return [
+        str(part) for part in (sys.executable, "-P", "-c", MAIN, "bench", "--bundle", timed.bundle, *options, "--json")
+    ]
 
 
 def _bench(command: list[str]) -> dict[str, Any]:

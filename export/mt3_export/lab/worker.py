@@ -22,11 +22,10 @@ from mt3_export.lab.job import REFERENCE, read_job
 from mt3_export.lab.layers import layer_errors
 from mt3_export.lab.listening import read_samples
 from mt3_export.lab.logits import LogitsBackend
-from mt3_export.lab.material import Material, choose_rows, gather, is_usable, read_rows
+from mt3_export.lab.material import Material, choose_rows, gather, read_rows
 from mt3_export.lab.probes import Pair
 from mt3_export.lab.results import Combination, one_line, to_json
 from mt3_export.lab.size import bytes_read
-from mt3_export.lab.speed import measure_speed, typical_steps
 from mt3_export.lab.variants import write_variant
 from mt3_export.mixed_plan import read_plan
 from mt3_runtime.backends.ort import OrtBackend
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
 
     from mt3_export.lab.clips import HeardClips
     from mt3_export.lab.job import Job
-    from mt3_export.lab.results import Forced, GraphError, LayerError, Outcome, Speed
+    from mt3_export.lab.results import Forced, GraphError, LayerError, Outcome
     from mt3_runtime.transcriber import Transcriber
 
     Say = Callable[..., None]
@@ -63,13 +62,12 @@ class Ready:
 
 
 def main() -> int:
-    """Carry out the job on standard input; 0 if there is a result, be it that it failed."""
+    """Carry out the job on standard input; 0 if there is a result, be it that it failed.
+
+    The bundle that was made for it stays, to be timed.
+    """
     job = read_job(sys.stdin.buffer.read())
-    try:
-        found = run(job, _say)
-    finally:
-        shutil.rmtree(job.work, ignore_errors=True)
-    atomic_write(job.result, to_json(found))
+    atomic_write(job.result, to_json(run(job, _say)))
     return 0
 
 
@@ -130,17 +128,13 @@ def _scales(job: Job, bundle: Bundle) -> Mapping[str, Mapping[str, float]] | Non
 
 def _measure(job: Job, ready: Ready, say: Say) -> Combination:
     heard = hear_clips(job, ready.transcriber, lambda done, count: say("transcribes", done, count))
-    say("is timed")
-    speed, problem = _speed(job, ready, len(heard.rows))
     forced, graphs, layers = (None, (), ()) if job.name == REFERENCE else _compare(job, ready, heard, say)
     return Combination(
         precision=job.title,
         device=job.device,
         emulated=ready.emulated,
         outcome="done",
-        problem=problem,
         size_bytes=_size(job, ready),
-        speed=speed,
         graphs=graphs,
         layers=layers,
         forced=forced,
@@ -149,19 +143,6 @@ def _measure(job: Job, ready: Ready, say: Say) -> Combination:
         compared_with=job.compared_with(),
         clips=heard.clips,
     )
-
-
-def _speed(job: Job, ready: Ready, clips: int) -> tuple[Speed | None, str]:
-    """How fast it is, over as many steps as fp32's rows take, or why that is not known: notes need no timing."""
-    if ready.emulated:
-        return None, ""
-    rows = [said for listed in read_rows(job.reference_rows, clips) for said in listed if is_usable(said)]
-    steps = typical_steps([len(said.tokens) for said in rows], ready.transcriber.backend.length)
-    features, threads = ready.bundle.manifest.features, job.threads or None
-    try:
-        return measure_speed(ready.bundle.path, job.device, ready.label, features, steps, threads), ""
-    except DeviceError as error:
-        return None, one_line(f"not timed: {error}")
 
 
 def _compare(
