@@ -7,14 +7,18 @@ import struct
 import sys
 from dataclasses import replace
 from functools import partial
+from html import escape
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lab_cases import combination, example, fp32
+from mt3_export.lab.advice import recommend
 from mt3_export.lab.overlays import draw_overlays
-from mt3_export.lab.results import F1s
+from mt3_export.lab.results import F1s, read_results
 from mt3_export.lab.spreadsheet import write_clips_csv, write_csv
+from mt3_export.mixed_plan import read_plan
 from mt3_runtime.errors import OutputError
 from mt3_runtime.midi import write_midi
 from mt3_runtime.notes import Note
@@ -154,3 +158,19 @@ def test_without_pillow_the_report_says_what_to_install(folder, monkeypatch):
     (picture,) = draw_overlays(example(), folder, "w8-cpu")
     assert picture.png == b""
     assert "pip install 'mt3-runtime[picture]'" in picture.caption
+
+
+def test_the_example_in_the_documentation_is_what_its_numbers_make():
+    """Also by this version: its results are read, and its tables and recommendation made again."""
+    folder = Path(__file__).parent.parent / "docs" / "precision_example"
+    results = read_results(folder / "results.json")
+    done = [each for each in results.combinations if each.outcome == "done"]
+    assert results.clips >= 100
+    assert results.has_reference
+    assert {each.precision for each in done} >= {"fp32", "fp16", "bf16", "int8", "w8", "w4", "qdq", "int8+plan"}
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert escape(recommend(results).sentence, quote=False) in text.replace("&#x27;", "'")
+    rows = list(csv.DictReader((folder / "results.csv").read_text(encoding="utf-8").splitlines()))
+    assert [row["combination"] for row in rows] == [each.name for each in results.combinations]
+    plan = read_plan(folder / "plan.int8.toml")
+    assert plan.keep == results.bisections[0].kept

@@ -6,6 +6,7 @@ import contextlib
 import os
 from dataclasses import replace
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -15,6 +16,7 @@ from lab_cases import combination, example
 from mt3_export.lab.overlays import Picture
 from mt3_export.lab.report.page import write_report
 
+EXAMPLE = Path(__file__).parent.parent / "docs" / "precision_example"
 PHONE, DESKTOP, SMALLEST_TEXT = 390, 1280, 9.5  # pixels
 OVERLAPS = """
 [...document.querySelectorAll('svg')].filter(svg => svg.getBoundingClientRect().width).flatMap(svg => {
@@ -134,6 +136,18 @@ def test_the_report_in_a_browser(browser, reports, case, width, dark):
     assert min(browser.evaluate(CONTRAST), default=4.5) >= 4.5, "WCAG AA"
     assert complaints(browser.events) == []
     assert [url for url in requested(browser.events) if not url.startswith("data:")] == [path.as_uri()]
+
+
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_the_example_in_the_documentation(browser, width):
+    browser.open(EXAMPLE / "report.html", width)
+    images = browser.evaluate(IMAGES)
+    assert len(images) == 2
+    assert all(complete and across > 800 and down > 100 for complete, across, down in images)
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    assert complaints(browser.events) == []
+    fetched = [url for url in requested(browser.events) if not url.startswith("data:")]
+    assert fetched == [(EXAMPLE / "report.html").as_uri()]
 
 
 def test_pictures_can_be_fitted_to_the_page(browser, reports):

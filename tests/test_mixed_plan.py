@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -30,7 +31,7 @@ from mt3_export.mixed_plan import (
 from mt3_export.products import products
 from mt3_export.quantize_bundle import quantize_bundle
 from mt3_runtime.backends.ort import open_session
-from mt3_runtime.bundle import open_bundle
+from mt3_runtime.bundle import demo_bundle_path, open_bundle
 from mt3_runtime.errors import OptionError, OutputError
 
 PLAN = MixedPlan(
@@ -265,3 +266,12 @@ def test_the_command_bundle_reads_plans_before_the_work(monkeypatch, tmp_path, c
     assert given["plans"] == [PLAN]
     assert main([*command, "--plan", str(tmp_path / "none.toml")]) == 2
     assert "cannot read plan" in capsys.readouterr().err
+
+
+def test_plans_that_come_with_the_project_fit_their_models(tmp_path):
+    folder = Path(__file__).parent.parent / "engines" / "plans"
+    plans = [read_plan(path) for path in sorted(folder.glob("*.toml"))]
+    assert [(plan.model, plan.precision) for plan in plans] == [("mt3-demo", "int8")]
+    made = quantize_bundle(open_bundle(demo_bundle_path()), tmp_path / "planned", [], plans=plans)
+    encoder = open_bundle(made).graph("encoder", "ort", "int8").file
+    assert set(products(ir.load(made / encoder).graph)) >= set(plans[0].keep["encoder"])

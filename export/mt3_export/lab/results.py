@@ -30,7 +30,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Measured in processes of its own, in turns with all other combinations, on the bundle as a user loads it; medians.
+    """Measured in processes of its own, in turns with all others, on the bundle as a user loads it; medians.
 
     `encode_ms`: of one segment. `step_ms`: a decoding step of one row; `batch_step_ms`: of `batch_rows` rows.
     `latency_ms`: of encoding a segment and the steps of one row, alone, with the median number of steps of this audio.
