@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pretty_midi
@@ -392,3 +394,15 @@ def test_export_says_what_a_foreign_file_is(capsys, tmp_path):
     assert export_cli.main(options) == 2
     assert "web page" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_who_reads_no_more_gets_no_traceback():
+    """As `mt3-run diff A B | head -1` has it, where `head` is the first to end."""
+    reference = str(demo_clip_path() / "reference.mid")
+    program = "import sys; from mt3_runtime.cli import main; sys.exit(main(sys.argv[1:]))"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, "diff", reference, reference], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == cli.UNREAD

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001 -- argparse names it no other way
 
 DIFFERENT, FAILED, INTERRUPTED = 1, 2, 130
+UNREAD = 141  # what a shell says of a program that SIGPIPE ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,13 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report_errors(program: str, command: Callable[[], int]) -> int:
     """Run `command`; an error of ours becomes one line on standard error and exit code 2."""
     try:
-        return command()
+        code = command()
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has enough, as `| head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again when it ends
+        return UNREAD
     except Mt3Error as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return INTERRUPTED
+    return code
 
 
 def build_parser() -> argparse.ArgumentParser:
