@@ -78,7 +78,10 @@ def test_kept_products_are_those_of_fp32(name, tiny_bundle, tmp_path):
     label = "fp32" if variant.is_half else name
     assert set(products(graph_of(made, "encoder", label))) == {"layers.0.qkv"}
     plain, kept = (graph_of(bundle, "decode_step", form) for bundle, form in ((tiny_bundle, "fp32"), (made, label)))
-    assert [node.op_type for node in plain] == [node.op_type for node in kept]
+    # Casts stay around attention and at the outputs, which are half in any case: see `test_lab_emulation.py`.
+    assert [node.op_type for node in plain if node.op_type != "Cast"] == [
+        node.op_type for node in kept if node.op_type != "Cast"
+    ]
 
 
 def test_weights_that_the_bundle_has_are_used_as_they_are(tiny_bundle, tmp_path):

@@ -262,7 +262,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     seen = []
     monkeypatch.setattr("mt3_export.bundle_writer.export_bundle", lambda *_, **options: seen.append(options))
     arguments = ["bundle", "--model", "mt3", "--checkpoint", "random:0", "--output", str(tmp_path / "new")]
-    monkeypatch.setattr(cli, "_load", lambda _: half_checkpoint())
+    monkeypatch.setattr(cli, "load_checkpoint_of", lambda _: half_checkpoint())
     assert cli.main([*arguments, "--precision", "fp32,bf16"]) == 0
     assert seen[0]["precisions"] == ("fp32", "bf16")
     assert cli.main([*arguments, "--precision", "fp64"]) == 2
