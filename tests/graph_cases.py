@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from mt3_runtime.backends.ort import OrtBackend
     from mt3_runtime.bundle import Bundle
 
 LOWERINGS = ("ort", "tensorrt")
@@ -81,3 +82,23 @@ def extents(folder: Path, file: str) -> dict[str, tuple[int, int]]:
 def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
     assert found.shape == wanted.shape
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def check_rows_are_alone(backend: OrtBackend, features: np.ndarray) -> None:
+    """Three rows say the same beside each other and alone; only the order in which sums are added up may differ."""
+
+    def decode(rows: list[int]) -> np.ndarray:
+        states = backend.encode(features[rows])
+        backend.admit(0, states[:, 0])
+        tokens, scores = np.zeros(len(rows), np.int32), []
+        for position in range(12):
+            found, log_probs = backend.step(tokens, np.full(len(rows), position, np.int32))
+            tokens = found.copy()
+            scores.append(np.stack([tokens, log_probs], -1))
+        return np.array(scores)  # [steps, rows, 2]
+
+    together = decode([0, 1, 2])
+    for row in range(3):
+        alone = decode([row])[:, 0]
+        assert np.array_equal(alone[:, 0], together[:, row, 0])
+        np.testing.assert_allclose(alone[:, 1], together[:, row, 1], atol=1e-4)

@@ -12,6 +12,7 @@ import soundfile
 from onnx import numpy_helper
 
 from bundle_cases import copied, forge
+from graph_cases import check_rows_are_alone
 from mt3_export import qdq_files
 from mt3_export.calibration import SHARE, Calibration, calibrate, choose_passages
 from mt3_export.cli import main
@@ -197,22 +198,7 @@ def test_rows_alone(folder):
     features = gaussian(3, bundle.manifest.features.segment_frames, bundle.manifest.features.bins)
     features[2] *= 50
     backend = OrtBackend(bundle, slots=3, threads=1, precision="qdq")
-
-    def decode(rows):
-        states = backend.encode(features[rows])
-        backend.admit(0, states[:, 0])
-        tokens, scores = np.zeros(len(rows), np.int32), []
-        for position in range(12):
-            found, log_probs = backend.step(tokens, np.full(len(rows), position, np.int32))
-            tokens = found.copy()
-            scores.append(np.stack([tokens, log_probs], -1))
-        return np.array(scores)  # [steps, rows, 2]
-
-    together = decode([0, 1, 2])
-    for row in range(3):
-        alone = decode([row])[:, 0]
-        assert np.array_equal(alone[:, 0], together[:, row, 0])
-        np.testing.assert_allclose(alone[:, 1], together[:, row, 1], atol=1e-4)
+    check_rows_are_alone(backend, features)
 
 
 def test_states_that_are_no_numbers(folder):

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from bundle_cases import copied
 from conftest import TINY_FEATURES, TINY_MODEL
 from fast_export import FastExport
-from graph_cases import relative_error
+from graph_cases import check_rows_are_alone, relative_error
 from mt3_export.cli import main
 from mt3_export.quantize_bundle import quantize_bundle
 from mt3_export.quantized import DYNAMIC_LARGEST, Form, block_size, blocks, columns, quantize
@@ -216,22 +216,7 @@ def test_rows_alone(quantized, precision):
     features[2] *= 50
     backend = OrtBackend(open_bundle(quantized), slots=3, threads=1, precision=precision)
     assert backend.precision == precision
-
-    def decode(rows):
-        states = backend.encode(features[rows])
-        backend.admit(0, states[:, 0])
-        tokens, scores = np.zeros(len(rows), np.int32), []
-        for position in range(12):
-            found, log_probs = backend.step(tokens, np.full(len(rows), position, np.int32))
-            tokens = found.copy()
-            scores.append(np.stack([tokens, log_probs], -1))
-        return np.array(scores)  # [steps, rows, 2]
-
-    together = decode([0, 1, 2])
-    for row in range(3):
-        alone = decode([row])[:, 0]
-        assert np.array_equal(alone[:, 0], together[:, row, 0])
-        np.testing.assert_allclose(alone[:, 1], together[:, row, 1], atol=1e-4)
+    check_rows_are_alone(backend, features)
 
 
 @pytest.mark.parametrize("precision", UNCALIBRATED)

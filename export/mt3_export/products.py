@@ -60,6 +60,17 @@ def is_weight(value: ir.Value | None) -> bool:
     return stored is not None and stored.const_value is not None and len(stored.const_value.shape) == 2
 
 
+def is_gated(product: ir.Node) -> bool:
+    """Whether it reads a product of two results: what gates let through."""
+    x = product.inputs[0]
+    source = x.producer() if x is not None else None
+    return (
+        source is not None
+        and source.op_type == "Mul"
+        and all(factor is not None and factor.const_value is None for factor in source.inputs)
+    )
+
+
 def weights_of(product: ir.Node) -> np.ndarray:
     """The matrix [in, out] of a product in float32."""
     stored = stored_weight(product.inputs[1])

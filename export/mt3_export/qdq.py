@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from mt3_export.products import weights_of
+from mt3_export.products import is_gated, weights_of
 from mt3_export.quantized import (
     DYNAMIC_LARGEST,
     HEAD,
@@ -78,18 +78,8 @@ def quantize_static(
 
 def factors(graph: ir.Graph) -> dict[str, ir.Value]:
     """What every product with a matrix of weights reads, by its name, where that is not to be divided by rows."""
-    read = {name: product.inputs[0] for name, product in quantizable(graph).items()}
-    return {name: x for name, x in read.items() if x is not None and not is_gated(x)}
-
-
-def is_gated(x: ir.Value) -> bool:
-    """Whether it is a product of two results: what gates let through."""
-    source = x.producer()
-    return (
-        source is not None
-        and source.op_type == "Mul"
-        and all(factor is not None and factor.const_value is None for factor in source.inputs)
-    )
+    read = {name: product.inputs[0] for name, product in quantizable(graph).items() if not is_gated(product)}
+    return {name: x for name, x in read.items() if x is not None}
 
 
 def _replace(graph: ir.Graph, name: str, product: ir.Node, scale: float | None, how: Arithmetic) -> None:

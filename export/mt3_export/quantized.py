@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import onnx_ir as ir
 
-from mt3_export.products import products, weights_of
+from mt3_export.products import is_gated, products, weights_of
 
 if TYPE_CHECKING:
     from collections.abc import Container, Mapping
@@ -133,8 +133,7 @@ def _replace(graph: ir.Graph, product: ir.Node, matrix: FloatMatrix, form: Form)
 
 
 def _dynamic(graph: ir.Graph, product: ir.Node, x: ir.Value, constants: list[ir.Value]) -> list[ir.Node]:
-    source = x.producer()
-    if source is not None and source.op_type == "Mul":
+    if is_gated(product):
         return _by_row(graph, x, constants, product)
     rounding = next((user for user, _ in x.uses() if user.op_type == "DynamicQuantizeLinear"), None)
     readers = [user for user, index in x.uses() if index == 0 and user.op_type == product.op_type]

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
     Returns:
-        0, 1 for files that differ, 2 for an error that was explained, 130 when interrupted.
+        0, 1 for files that differ, 2 for an error that was explained, 130 when interrupted, 141 when nobody reads on.
     """
     arguments = build_parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command

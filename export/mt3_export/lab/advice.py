@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from mt3_export.lab.results import Estimate
+from mt3_export.lab.results import REFERENCE, Estimate
 from mt3_export.lab.wording import allowance, counted, duration, percent, points, points_range, size
 from mt3_export.lab.wording import significant as digits
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from mt3_export.lab.results import Combination, Results, Scored
 
-REFERENCE = "fp32-cpu"  # what all others are compared with
 JUDGED = ("onset", "onset_offset_program", "drums")  # the losses that must be within what is allowed
 SCORE_NAMES = {
     "onset": "onset F1",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mt3_export.lab.forcing import Forcing, states_of
-from mt3_export.lab.logits import LogitsBackend
+from mt3_export.lab.logits import open_backend
 from mt3_export.lab.results import Bisection, Suspect
 from mt3_export.lab.variants import changed_products, write_variant
 from mt3_runtime.errors import OptionError
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     Product = tuple[str, str]  # graph and layer
 
-SLOTS = 16
 SHARE = 0.02  # of the cost of all: halves that cost less are not looked into
 LEFT = 0.25  # of the cost of all may be left when a plan is followed
 NOTHING = 1e-7  # nats: what rounding alone makes of two float32 graphs that are the same
@@ -55,7 +54,7 @@ class Trial:
         if not material.rows:
             raise OptionError("fp32 decoded no row of the audio to its end: give audio with music in it")
         self.length = len(material.rows[0].inputs)
-        self.forcing = Forcing(self._open(bundle, "fp32"), material, keep=True)
+        self.forcing = Forcing(open_backend(bundle, "fp32", self.length, threads), material, keep=True)
         self.runs = 0
         self._costs: dict[frozenset[Product], Cost] = {}
         self._states: dict[tuple[frozenset[Product], int], States] = {}
@@ -76,7 +75,8 @@ class Trial:
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.parent.mkdir(parents=True, exist_ok=True)
         made = write_variant(self.bundle, self.variant, self.work, keep)
-        backend = self._open(made, "fp32" if self.variant.is_half else self.variant.precision)
+        label = "fp32" if self.variant.is_half else self.variant.precision
+        backend = open_backend(made, label, self.length, self.threads)
         shutil.rmtree(self.work)
         encoder = frozenset(product for product in lowered if product[0] == "encoder")
 
@@ -93,9 +93,6 @@ class Trial:
         """Keep states of this encoder, and of the one that is all fp32, which most trials share."""
         for key in [key for key in self._states if key[0] not in (encoder, frozenset())]:
             del self._states[key]
-
-    def _open(self, bundle: Bundle, precision: str) -> LogitsBackend:
-        return LogitsBackend(bundle, slots=SLOTS, threads=self.threads or None, precision=precision, length=self.length)
 
 
 def bisect(trial: Trial, say: Callable[[str], None]) -> list[tuple[Product, Cost]]:

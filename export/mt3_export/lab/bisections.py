@@ -7,14 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mt3_export.lab.bisection import Trial, bisect_precision
-from mt3_export.lab.results import Bisection, one_line, to_json
+from mt3_export.lab.results import Bisection, one_line, read_kept, to_json
 from mt3_export.lab.variants import VARIANTS
 from mt3_export.lab.worker import material_of
 from mt3_export.mixed_plan import ROUNDED, MixedPlan, write_plan
-from mt3_runtime.errors import BundleError, OptionError, OutputError
+from mt3_runtime.errors import OptionError, OutputError
 from mt3_runtime.files import atomic_write
 from mt3_runtime.loading import load
-from mt3_runtime.strict import build, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -66,12 +65,12 @@ def bisect_one(laboratory: Laboratory, variant: Variant, plan: Path, say: Callab
     """
     reference = laboratory.jobs[0]
     kept = reference.results / f"bisection.{variant.name}.json"
-    found = None if laboratory.options.again else _read(kept)
+    found = None if laboratory.options.again else read_kept(Bisection, kept)
     if found:
         say(f"bisection of {variant.name}: kept from an earlier run")
     else:
         transcriber = load(laboratory.bundle.path, "cpu", precision="fp32", threads=reference.threads or None)
-        material = material_of(replace(reference, rows=ROWS), transcriber, len(reference.clips))
+        material = material_of(replace(reference, rows=ROWS), transcriber)
         trial = Trial(
             laboratory.bundle,
             variant,
@@ -83,13 +82,6 @@ def bisect_one(laboratory: Laboratory, variant: Variant, plan: Path, say: Callab
         atomic_write(kept, to_json(found))
     write_plan(_plan(laboratory, found), plan, f"Made by mt3-export precision --bisect {variant.name}.")
     return replace(found, plan=plan.name)
-
-
-def _read(path: Path) -> Bisection | None:
-    try:
-        return build(Bisection, parse_json(path.read_bytes(), path.name), path.name)
-    except (OSError, BundleError):
-        return None
 
 
 def planned(job: Job, variant: Variant, plan: Path) -> Job:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mt3_export.lab.dataset import load_reference
-from mt3_export.lab.job import REFERENCE
 from mt3_export.lab.listening import listen, read_samples
 from mt3_export.lab.material import is_usable, read_rows, save_rows
 from mt3_export.lab.note_scores import score_clip
-from mt3_export.lab.results import Clip, FreeRun
+from mt3_export.lab.results import REFERENCE, Clip, FreeRun
 from mt3_runtime.files import atomic_write
 from mt3_runtime.notes import Note
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import onnx_ir as ir
 
-from mt3_export.products import products
+from mt3_export.products import is_gated, products
+from mt3_export.quantized import divided
 from mt3_runtime.graphs import HOST_TENSORS
 
 if TYPE_CHECKING:
@@ -21,23 +21,15 @@ if TYPE_CHECKING:
 
 Half = Literal["fp16", "bf16"]
 TYPES: dict[Half, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-LIMITS: dict[Half, float] = {"fp16": 65504.0, "bf16": 3.3895313892515355e38}
+LIMITS: dict[str, float] = {"fp16": 65504.0, "bf16": 3.3895313892515355e38}
 FULL = {"head", "router"}  # float32 in every precision
 ATTENTION = {"MultiHeadAttention", "GroupQueryAttention", "Attention"}
 MOVES = {"Reshape", "Transpose", "Split", "Squeeze", "Unsqueeze"}  # change no number
-SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)  # rows of zeros are divided by it
 
 
 def halved(graph: ir.Graph) -> dict[str, ir.Node]:
     """The products that half precision rounds, by name."""
     return {name: node for name, node in products(graph).items() if FULL.isdisjoint(name.split("."))}
-
-
-def is_gated(product: ir.Node) -> bool:
-    """Whether it reads what gates let through."""
-    x = product.inputs[0]
-    source = x.producer() if x is not None else None
-    return source is not None and source.op_type == "Mul"
 
 
 def emulate(model: ir.Model, half: Half, keep: Container[str] = ()) -> None:
@@ -59,7 +51,6 @@ class _Rounder:
     def __init__(self, graph: ir.Graph, dtype: ir.DataType) -> None:
         self.graph, self.dtype = graph, dtype
         self._rounded: dict[ir.Value, ir.Value] = {}
-        self._divisors: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
 
     def rewrite(self, product: ir.Node, *, balanced: bool) -> None:
         x, weights, result = product.inputs[0], product.inputs[1], product.outputs[0]
@@ -67,7 +58,9 @@ class _Rounder:
             raise TypeError(f"{product.name} has no inputs")
         divisor = None
         if balanced and is_gated(product):
-            x, divisor = self._divided(x, product)
+            divisor, row = divided(self.graph, x, product)
+            self.graph.insert_before(product, row)
+            x = row[-1].outputs[0]
         product.replace_input_with(0, self._round(x, product))
         product.replace_input_with(1, self._round(weights, product))
         self._round_result(product, result, divisor)
@@ -112,19 +105,6 @@ class _Rounder:
                 given.name, result.name = result.name, f"{product.name}.exact"
                 self.graph.outputs[place] = given
 
-    def _divided(self, x: ir.Value, before: ir.Node) -> tuple[ir.Value, ir.Value]:
-        """Each row of x over its largest number, and these numbers."""
-        if x not in self._divisors:
-            smallest = self._constant("smallest_normal", np.array(SMALLEST_NORMAL, np.float32))
-            last = self._constant("last_axis", np.array([-1], np.int64))
-            size = self._node("Abs", [x], f"{x.name}.size")
-            largest = self._node("ReduceMax", [size.outputs[0], last], f"{x.name}.largest", keepdims=1)
-            divisor = self._node("Max", [largest.outputs[0], smallest], f"{x.name}.divisor")
-            row = self._node("Div", [x, divisor.outputs[0]], f"{x.name}.row")
-            self.graph.insert_before(before, [size, largest, divisor, row])
-            self._divisors[x] = row.outputs[0], divisor.outputs[0]
-        return self._divisors[x]
-
     def _round(self, value: ir.Value, before: ir.Node) -> ir.Value:
         if value not in self._rounded:
             self._rounded[value] = self._cast_twice(value, value.name or "", before, after=False)
@@ -147,12 +127,3 @@ class _Rounder:
         node = ir.node(operator, inputs, attributes, name=name)
         node.outputs[0].name = name
         return node
-
-    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
-        initializers = self.graph.initializers
-        if name not in initializers:
-            tensor = ir.tensor(array, name=name)
-            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
-            value.const_value = tensor
-            self.graph.register_initializer(value)
-        return initializers[name]

@@ -104,10 +104,15 @@ def states_of(backend: Backend, material: Material, group: Sequence[ForcedRow]) 
     return [encoded[row.place][row.channel] for row in group]
 
 
+def memory_of(group: Sequence[ForcedRow]) -> IntArray | None:
+    """What rows are told of the segments before theirs, int32 [rows, span]; None of models without a memory."""
+    memories = [row.memory for row in group if row.memory is not None]
+    return np.stack(memories) if memories else None
+
+
 def told(backend: Backend, group: Sequence[ForcedRow], states: States) -> Iterator[Step]:
     """Tell rows their tokens, step by step; those that have ended are at the end and leave."""
-    memories = [row.memory for row in group if row.memory is not None]
-    backend.admit(0, states, np.stack(memories) if memories else None)
+    backend.admit(0, states, memory_of(group))
     yield from steps(backend, group)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mt3_export.lab.errors import ErrorSums
-from mt3_export.lab.forcing import states_of, steps
+from mt3_export.lab.forcing import groups, memory_of, states_of, steps
 from mt3_export.lab.results import GraphError
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def graph_errors(
         limit: of the type that they are rounded to; None if there is none.
     """
     sums: dict[str, ErrorSums] = {}
-    for first in range(0, len(material.rows), reference.slots):
-        _compare_group(reference, other, material, material.rows[first : first + reference.slots], sums)
+    for group in groups(material, reference.slots):
+        _compare_group(reference, other, material, group, sums)
     return tuple(
         GraphError(
             graph, each.max, each.relative, each.cosine, each.psnr_db, largest.get(graph, 0.0), limit, each.non_finite
@@ -58,8 +58,7 @@ def _compare_group(
     states = states_of(reference, material, group)
     compare("encoder", states, states_of(other, material, group))
     sources = [np.stack(states)]
-    told = [row.memory for row in group if row.memory is not None]
-    memory = np.stack(told) if told else None
+    memory = memory_of(group)
     if memory is not None:
         sources.append(reference.remember(memory))
         compare("memory", sources[1:], [other.remember(memory)])

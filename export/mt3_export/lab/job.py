@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mt3_export.lab.dataset import ClipFile
+from mt3_export.lab.results import REFERENCE
 from mt3_export.lab.variants import VARIANTS
 from mt3_export.mixed_plan import read_plan
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from mt3_export.lab.variants import Variant
 
 WITH_PLAN = "+plan"
-REFERENCE = "fp32-cpu"  # the combination that all others are compared with
 
 
 @dataclass(frozen=True, slots=True)

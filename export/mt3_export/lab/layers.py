@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mt3_export.lab.forcing import states_of
+from mt3_export.lab.forcing import memory_of, states_of
 from mt3_export.lab.probes import Watch
 from mt3_runtime.backends.ort import without_fill
 from mt3_runtime.graphs import FEATURES
@@ -38,12 +38,12 @@ def layer_errors(
     """
     group = material.rows[: reference.slots]
     states = states_of(reference, material, group)
-    told = [row.memory for row in group if row.memory is not None]
+    memory = memory_of(group)
     manifest = pair.exact.manifest
     spec = manifest.model.memory
     sources = [np.stack(states)]
-    if told and spec:
-        sources.append(reference.remember(np.stack(told)))
+    if memory is not None:
+        sources.append(reference.remember(memory))
     found: list[LayerError] = []
     largest: dict[str, float] = {}
     for contract in manifest.contracts:
@@ -53,11 +53,11 @@ def layer_errors(
         if contract.name == "encoder":
             for place in sorted({row.place for row in group}):
                 watch.run({"features": material.features[place : place + 1]})
-        elif contract.name == "memory" and spec:
-            for tokens in told:
+        elif contract.name == "memory" and spec and memory is not None:
+            for tokens in memory:
                 watch.run({"tokens": without_fill(tokens, spec)[None]})
         elif contract.name == "decode_step":
-            reference.admit(0, states, np.stack(told) if told else None)
+            reference.admit(0, states, memory)
             _decode(watch, reference, group)
         else:
             _one_by_one(watch, contract, dict(reference.inputs_of(sources))[contract.name])

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from mt3_runtime.arrays import FloatArray, IntArray
     from mt3_runtime.bundle import Bundle
 
+SLOTS = 16  # rows told side by side
+
 
 class LogitsBackend(OrtBackend):
     """As `OrtBackend`; `logits` [slots, vocab] are those of the last step."""
@@ -64,3 +66,8 @@ class LogitsBackend(OrtBackend):
         """Copies of what slots 0..count-1 hold: for `put`."""
         prefix = [cache[:count, :, : self._prefix].copy() for cache in self._own] if self._prefix else []
         return [cache[:count].copy() for cache in self._cross], prefix
+
+
+def open_backend(bundle: Bundle, precision: str, length: int, threads: int) -> LogitsBackend:
+    """With room for so many steps; `threads`: of the CPU, 0 for all."""
+    return LogitsBackend(bundle, slots=SLOTS, threads=threads or None, precision=precision, length=length)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mt3_export.lab.advice import REFERENCE, loss_of
+from mt3_export.lab.advice import loss_of
+from mt3_export.lab.results import REFERENCE
 from mt3_export.lab.wording import counted, f1
 from mt3_runtime.errors import DependencyError, Mt3Error
 from mt3_runtime.midi_reading import read_midi

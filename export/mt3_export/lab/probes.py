@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from mt3_export.lab.emulation import FULL, is_gated
+from mt3_export.lab.emulation import FULL
 from mt3_export.lab.errors import ErrorSums
 from mt3_export.lab.results import LayerError
-from mt3_export.products import products, weights_of
+from mt3_export.lab.variants import LOWERING
+from mt3_export.products import is_gated, products, weights_of
 from mt3_runtime.backends.sessions import PROVIDER, import_onnxruntime, session_options
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from mt3_runtime.bundle import Bundle
     from mt3_runtime.graphs import GraphSpec
 
-LOWERING = "ort"
 EXPERT = re.compile(r"\.(up|gate|down)\.\d+$")
 
 

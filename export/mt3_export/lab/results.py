@@ -8,13 +8,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from mt3_runtime.errors import BundleError
 from mt3_runtime.strict import build, parse_json
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+T = TypeVar("T")
+
+REFERENCE = "fp32-cpu"  # the combination that all others are compared with
 FORMAT, VERSION = "mt3-runtime-precision-lab", 1
 Outcome = Literal["done", "failed", "impossible"]  # impossible: cannot run on this machine or with this bundle
 
@@ -233,6 +237,14 @@ def one_line(text: str) -> str:
 def to_json(value: Any) -> bytes:
     """A dataclass of this module as JSON."""
     return json.dumps(dataclasses.asdict(value), indent=1, allow_nan=False).encode() + b"\n"
+
+
+def read_kept(kind: type[T], path: Path) -> T | None:
+    """A dataclass of this module from a file that an earlier run may have left; None where it cannot be read."""
+    try:
+        return build(kind, parse_json(path.read_bytes(), path.name), path.name)
+    except (OSError, BundleError):
+        return None
 
 
 def read_results(path: Path) -> Results:

@@ -10,15 +10,24 @@ from typing import TYPE_CHECKING
 
 from mt3_export.lab.child import run_child
 from mt3_export.lab.dataset import find_clips
-from mt3_export.lab.job import REFERENCE, Job, Sound
+from mt3_export.lab.job import Job, Sound
 from mt3_export.lab.note_scores import summarise
-from mt3_export.lab.results import FORMAT, VERSION, Bisection, Combination, Results, one_line, to_json
+from mt3_export.lab.results import (
+    FORMAT,
+    REFERENCE,
+    VERSION,
+    Bisection,
+    Combination,
+    Results,
+    one_line,
+    read_kept,
+    to_json,
+)
 from mt3_runtime.audio import open_audio
 from mt3_runtime.devices import parse_device
-from mt3_runtime.errors import BundleError, DeviceError, OptionError, OutputError
+from mt3_runtime.errors import DeviceError, OptionError, OutputError
 from mt3_runtime.files import atomic_write
 from mt3_runtime.machine import describe_machine, package_versions
-from mt3_runtime.strict import build, parse_json
 from mt3_runtime.version import __version__
 
 if TYPE_CHECKING:
@@ -142,10 +151,8 @@ def measure_one(job: Job, say: Say, progress: Progress, *, again: bool = False) 
 
 def read_combination(job: Job) -> Combination | None:
     """What an earlier run finished; None where it did not, compared with another fp32 or plan, or cannot be read."""
-    path = job.result
-    try:
-        found = build(Combination, parse_json(path.read_bytes(), path.name), path.name)
-    except (OSError, BundleError):
+    found = read_kept(Combination, job.result)
+    if found is None:
         return None
     if job.name == REFERENCE and not (job.reference_rows.exists() and job.reference_notes.exists()):
         return None

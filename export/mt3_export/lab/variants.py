@@ -46,7 +46,7 @@ class Variant:
     @property
     def limit(self) -> float | None:
         """The largest number of the type that products are rounded to; None where scales follow the numbers."""
-        return LIMITS.get(self.precision) if self.precision in TYPES else None
+        return LIMITS.get(self.precision)
 
     def changes(self, graph: str) -> bool:
         """Whether it changes anything in a graph."""
@@ -61,10 +61,10 @@ VARIANTS: dict[str, Variant] = {
         Variant("fp32", "fp32"),
         Variant("fp16", "fp16"),
         Variant("bf16", "bf16"),
-        *(Variant(name, name) for name in QUANTIZED[:1]),
+        Variant("int8", "int8"),
         Variant("int8-encoder", "int8", ("encoder",)),
         Variant("int8-decoder", "int8", DECODER),
-        *(Variant(name, name) for name in QUANTIZED[1:]),
+        *(Variant(name, name) for name in QUANTIZED if name != "int8"),
     )
 }
 

@@ -18,13 +18,13 @@ from mt3_export.calibration import calibrate
 from mt3_export.lab.clips import hear_clips
 from mt3_export.lab.forcing import Forcing
 from mt3_export.lab.isolation import graph_errors
-from mt3_export.lab.job import REFERENCE, read_job
+from mt3_export.lab.job import read_job
 from mt3_export.lab.layers import layer_errors
 from mt3_export.lab.listening import read_samples
-from mt3_export.lab.logits import LogitsBackend
+from mt3_export.lab.logits import open_backend
 from mt3_export.lab.material import Material, choose_rows, gather, read_rows
 from mt3_export.lab.probes import Pair
-from mt3_export.lab.results import Combination, one_line, to_json
+from mt3_export.lab.results import REFERENCE, Combination, one_line, to_json
 from mt3_export.lab.size import bytes_read
 from mt3_export.lab.variants import write_variant
 from mt3_export.mixed_plan import read_plan
@@ -39,14 +39,12 @@ from mt3_runtime.loading import load
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from mt3_export.lab.clips import HeardClips
     from mt3_export.lab.job import Job
     from mt3_export.lab.results import Forced, GraphError, LayerError, Outcome
     from mt3_runtime.transcriber import Transcriber
 
     Say = Callable[..., None]
 
-SLOTS = 16  # rows told side by side
 LOOKED_INTO = 8  # rows whose graphs and layers are compared
 FALLBACK_SLOTS = 4
 
@@ -128,7 +126,7 @@ def _scales(job: Job, bundle: Bundle) -> Mapping[str, Mapping[str, float]] | Non
 
 def _measure(job: Job, ready: Ready, say: Say) -> Combination:
     heard = hear_clips(job, ready.transcriber, lambda done, count: say("transcribes", done, count))
-    forced, graphs, layers = (None, (), ()) if job.name == REFERENCE else _compare(job, ready, heard, say)
+    forced, graphs, layers = (None, (), ()) if job.name == REFERENCE else _compare(job, ready, say)
     return Combination(
         precision=job.title,
         device=job.device,
@@ -145,20 +143,18 @@ def _measure(job: Job, ready: Ready, say: Say) -> Combination:
     )
 
 
-def _compare(
-    job: Job, ready: Ready, heard: HeardClips, say: Say
-) -> tuple[Forced | None, tuple[GraphError, ...], tuple[LayerError, ...]]:
+def _compare(job: Job, ready: Ready, say: Say) -> tuple[Forced | None, tuple[GraphError, ...], tuple[LayerError, ...]]:
     """Tell it what fp32 said, and look into its graphs, where they can be looked into."""
     original = open_bundle(job.bundle)
-    material = material_of(job, ready.transcriber, len(heard.rows))
+    material = material_of(job, ready.transcriber)
     if not material.rows:
         return None, (), ()
     length = len(material.rows[0].inputs)
-    reference = backend_for(original, "fp32", length, job.threads)
+    reference = open_backend(original, "fp32", length, job.threads)
     say("is told fp32's tokens")
     if job.device != "cpu":
         return Forcing(reference, material).run(ready.transcriber.backend).summary(), (), ()
-    other = backend_for(ready.bundle, ready.label, length, job.threads)
+    other = open_backend(ready.bundle, ready.label, length, job.threads)
     forced = Forcing(reference, material).run(other).summary()
     say("is looked into")
     few = Material(material.features, material.rows[:: -(-len(material.rows) // LOOKED_INTO)])
@@ -167,9 +163,9 @@ def _compare(
     return forced, graph_errors(reference, other, few, largest, job.variant.limit), layers
 
 
-def material_of(job: Job, transcriber: Transcriber, clips: int) -> Material:
+def material_of(job: Job, transcriber: Transcriber) -> Material:
     """Rows of fp32 that are told to others, from all over the clips."""
-    said, manifest = read_rows(job.reference_rows, clips), transcriber.bundle.manifest
+    said, manifest = read_rows(job.reference_rows, len(job.clips)), transcriber.bundle.manifest
     rate = manifest.features.sample_rate
     chosen = choose_rows(said, job.rows)
     return gather(
@@ -179,11 +175,6 @@ def material_of(job: Job, transcriber: Transcriber, clips: int) -> Material:
         chosen,
         lambda clip: read_samples(job.clips[clip].file.audio, rate, job.seconds),
     )
-
-
-def backend_for(bundle: Bundle, precision: str, length: int, threads: int) -> LogitsBackend:
-    """The CPU's, with room for so many steps."""
-    return LogitsBackend(bundle, slots=SLOTS, threads=threads or None, precision=precision, length=length)
 
 
 def _size(job: Job, ready: Ready) -> int | None:

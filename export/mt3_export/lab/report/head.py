@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mt3_export.lab import wording
-from mt3_export.lab.advice import REFERENCE, RULE, loss_of, reference_of, side_of
+from mt3_export.lab.advice import RULE, loss_of, reference_of, side_of
 from mt3_export.lab.report.markup import Markup, element, join
+from mt3_export.lab.results import REFERENCE
 
 if TYPE_CHECKING:
     from mt3_export.lab.report.series import Report

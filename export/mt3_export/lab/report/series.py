@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mt3_export.lab.advice import REFERENCE
+from mt3_export.lab.results import REFERENCE
 
 if TYPE_CHECKING:
     from mt3_export.lab.advice import Advice
