@@ -30,7 +30,11 @@ STAGES = (
     Stage((("one", 0.6), ("two", 0.15), ("beat", 0.1), ("band", 0.15)), "one", 0.82, 0.15),
     Stage((("one", 0.3), ("two", 0.35), ("beat", 0.1), ("band", 0.25)), "two", 0.82, 0.35),
     Stage(
-        (("one", 0.15), ("two", 0.3), ("beat", 0.1), ("trio", 0.1), ("band", 0.3), ("drums", 0.05)), "band", 1.1, 1.0
+        (("one", 0.15), ("two", 0.3), ("beat", 0.1), ("trio", 0.1), ("band", 0.3), ("drums", 0.05)), "band", 1.1, 0.7
+    ),
+    # Two voices are what comes closest to what is asked of them, and last.
+    Stage(
+        (("one", 0.1), ("two", 0.45), ("beat", 0.05), ("trio", 0.1), ("band", 0.25), ("drums", 0.05)), "band", 1.1, 1.0
     ),
 )
 MEMORY = 0.97  # of the smoothed accuracy, per batch with clips of the kind
