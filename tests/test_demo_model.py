@@ -442,7 +442,10 @@ def test_a_stage_ends_when_it_is_learned_or_its_time_is_up():
     assert not slow.update({"line": 0.0}, STAGES[0].deadline - 0.001)
     assert slow.update({"line": 0.0}, STAGES[0].deadline)
     for _ in range(500):
-        quick.update(dict.fromkeys(KINDS, 1.0), 0.5)
+        quick.update(dict.fromkeys(KINDS, 1.0), STAGES[-2].deadline - 0.001)
+    assert quick.stage == len(STAGES) - 2  # the two last have all kinds, and last until their time is up
+    assert quick.update(dict.fromkeys(KINDS, 1.0), STAGES[-2].deadline)
+    assert not quick.update(dict.fromkeys(KINDS, 1.0), 1.0)
     assert quick.stage == len(STAGES) - 1
     assert {name for stage in STAGES for name, _ in stage.mixture} == set(KINDS)
 
