@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from demo_model.clip_files import choose, flac_bytes, write_test_set  # noqa: E402
 from demo_model.clips import HELD_OUT, make_clip  # noqa: E402
-from demo_model.evaluation import ROWS, held_out_clips  # noqa: E402
+from demo_model.held_out import ROWS, held_out_clips  # noqa: E402
 from demo_model.scores import KINDS  # noqa: E402
 
 from mt3_export.lab.dataset import find_clips, load_reference  # noqa: E402

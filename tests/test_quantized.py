@@ -311,14 +311,6 @@ def test_command(tiny_folder, tmp_path, capsys):
     assert "'w5'" in capsys.readouterr().err
 
 
-def test_without_its_packages(tiny_folder, tmp_path):
-    code = "import sys; sys.modules['onnx_ir'] = None; from mt3_export.cli import main; sys.exit(main(sys.argv[1:]))"
-    arguments = ["quantize", tiny_folder, "--output", tmp_path / "new"]
-    found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
-    assert found.returncode == 2
-    assert "onnx_ir cannot be imported: pip install 'mt3-runtime[quantize]'" in found.stderr
-
-
 def test_without_torch(tiny_folder, tmp_path):
     code = "import sys; sys.modules['torch'] = None; from mt3_export.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["quantize", tiny_folder, "--output", tmp_path / "new"]

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mt3_export.checkpoint_options import MODELS, add_checkpoint_options, load_checkpoint_of
+from mt3_export.dependencies import needing
 from mt3_export.mr_mt3 import models_of
 from mt3_export.precision_options import add_precision
 from mt3_export.published import PUBLISHED
 from mt3_export.yourmt3_models import MODELS as YOURMT3
 from mt3_runtime.cli import positive, report_errors
-from mt3_runtime.errors import CheckpointError, DependencyError, OptionError
+from mt3_runtime.errors import CheckpointError, OptionError
 from mt3_runtime.version import __version__
 
 if TYPE_CHECKING:
@@ -32,8 +33,13 @@ DIFFERS = 1  # exit code of `verify` when a graph is further from torch than it 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = build_parser().parse_args(argv)
+    return report_errors("mt3-export", lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
     command: Callable[[argparse.Namespace], int] = arguments.command
-    return report_errors("mt3-export", lambda: command(arguments))
+    with needing(arguments.needs):
+        return command(arguments)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,7 +68,7 @@ def _add_bundle(commands: Commands) -> None:
     parser.add_argument("--weights", choices=("fp32", "fp16"), default="fp32", help="how matrices are stored")
     parser.add_argument("--notice", default="", help="a line shown to everyone who uses the bundle")
     _add_plans(parser)
-    parser.set_defaults(command=_bundle)
+    parser.set_defaults(command=_bundle, needs="export")
 
 
 def _add_precisions(parser: argparse.ArgumentParser, default: str, text: str) -> None:
@@ -98,7 +104,7 @@ def _add_quantize(commands: Commands) -> None:
     _add_plans(parser)
     parser.set_defaults(precision=None)  # int8, or what the plans are for
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to create")
-    parser.set_defaults(command=_quantize)
+    parser.set_defaults(command=_quantize, needs="quantize")
 
 
 def _add_verify(commands: Commands) -> None:
@@ -109,21 +115,21 @@ def _add_verify(commands: Commands) -> None:
     parser.add_argument("--segments", type=positive, default=2, metavar="N")
     parser.add_argument("--steps", type=positive, default=64, metavar="N")
     parser.add_argument("--json", action="store_true", help="one JSON array on standard output")
-    parser.set_defaults(command=_verify)
+    parser.set_defaults(command=_verify, needs="cpu,export")
 
 
 def _add_inspect(commands: Commands) -> None:
     parser = commands.add_parser("inspect", help="what a bundle holds; checks every file")
     parser.add_argument("bundle", type=Path, metavar="DIR")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    parser.set_defaults(command=_inspect)
+    parser.set_defaults(command=_inspect, needs="quantize")
 
 
 def _add_fetch(commands: Commands) -> None:
     parser = commands.add_parser("fetch", help="download a published checkpoint and verify it")
     parser.add_argument("name", choices=sorted(PUBLISHED))
     parser.add_argument("--directory", type=Path, metavar="DIR", help="where to (default: the user's cache)")
-    parser.set_defaults(command=_fetch)
+    parser.set_defaults(command=_fetch, needs="export")
 
 
 def _add_engines(commands: Commands) -> None:
@@ -141,7 +147,7 @@ def _add_engines(commands: Commands) -> None:
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="sizes to build for (default: by model)")
     parser.add_argument("--plan", type=Path, metavar="FILE", help="products left in fp32, of this precision")
     parser.add_argument("--json", action="store_true", help="one JSON array on standard output")
-    parser.set_defaults(command=_engines)
+    parser.set_defaults(command=_engines, needs="quantize")
 
 
 def _bundle(arguments: argparse.Namespace) -> int:
@@ -168,12 +174,9 @@ def _bundle(arguments: argparse.Namespace) -> int:
 
 def _quantize(arguments: argparse.Namespace) -> int:
     from mt3_export.mixed_plan import read_plan  # noqa: PLC0415
+    from mt3_export.quantize_bundle import quantize_bundle  # noqa: PLC0415
     from mt3_runtime.bundle import open_bundle  # noqa: PLC0415
 
-    try:
-        from mt3_export.quantize_bundle import quantize_bundle  # noqa: PLC0415
-    except ImportError as error:
-        raise DependencyError(f"{error.name} cannot be imported: pip install 'mt3-runtime[quantize]'") from None
     plans = [read_plan(file) for file in arguments.plan]
     listed = arguments.precision or ([] if plans else ["int8"])
     bundle = open_bundle(arguments.bundle)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mt3_export.checkpoint_options import MODELS, add_checkpoint_options, load_checkpoint_of
+from mt3_export.dependencies import needing
 from mt3_runtime.cli import positive
-from mt3_runtime.errors import DependencyError, OptionError
+from mt3_runtime.errors import OptionError
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001 -- argparse names it no other way
@@ -58,7 +59,7 @@ def add_precision(commands: Commands) -> None:
     parser.add_argument("--again", action="store_true", help="measure also what is finished")
     parser.add_argument("--model", choices=MODELS, help="with --checkpoint: what it is")
     add_checkpoint_options(parser, required=False)
-    parser.set_defaults(command=_precision)
+    parser.set_defaults(command=_precision, needs="cpu,quantize")
 
 
 def _seconds(text: str) -> float:
@@ -80,10 +81,8 @@ def _listed(text: str) -> list[str]:
 
 
 def _precision(arguments: argparse.Namespace) -> int:
-    try:
-        from mt3_export.lab.command import measure_precisions  # noqa: PLC0415
-    except ImportError as error:
-        raise DependencyError(f"{error.name} cannot be imported: pip install 'mt3-runtime[cpu,quantize]'") from None
+    from mt3_export.lab.command import measure_precisions  # noqa: PLC0415
+
     if (arguments.bundle is None) == (arguments.checkpoint is None):
         raise OptionError("what is to be measured is a bundle or a checkpoint: give the folder, or --checkpoint")
     if arguments.checkpoint and not arguments.model:
@@ -99,8 +98,8 @@ def _precision(arguments: argparse.Namespace) -> int:
 
 def _exported(arguments: argparse.Namespace) -> Path:
     """The bundle of a checkpoint, in the folder of the report."""
-    from mt3_export.lab.exported import export_once  # noqa: PLC0415
+    with needing("cpu,export"):
+        from mt3_export.lab.exported import export_once  # noqa: PLC0415
 
-    return export_once(
-        load_checkpoint_of(arguments), arguments.output, gpus=any(device != "cpu" for device in arguments.devices)
-    )
+        gpus = any(device != "cpu" for device in arguments.devices)
+        return export_once(load_checkpoint_of(arguments), arguments.output, gpus=gpus)

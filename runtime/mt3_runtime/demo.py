@@ -9,7 +9,7 @@ from mt3_runtime.errors import OutputError
 from mt3_runtime.files import atomic_write
 from mt3_runtime.loading import load
 from mt3_runtime.midi_reading import read_midi
-from mt3_runtime.picture import draw_piano_roll
+from mt3_runtime.picture import check_pillow, draw_piano_roll
 from mt3_runtime.scoring import onset_f1
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def run_demo(folder: Path) -> str:
         OutputError: the folder cannot be written.
         DependencyError: Pillow or onnxruntime is not installed.
     """
+    check_pillow()
     clip = demo_clip_path()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from mt3_runtime.errors import OptionError
 from mt3_runtime.files import atomic_write
 from mt3_runtime.midi_reading import MidiNotes, read_midi
 from mt3_runtime.note_diff import Comparison, NoteDiff, Pair, Single, diff_notes
-from mt3_runtime.picture import draw_differences
+from mt3_runtime.picture import check_pillow, draw_differences
 from mt3_runtime.scoring import Scores, Tolerances, score_notes
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ def diff_files(arguments: argparse.Namespace) -> tuple[str, bool]:
         raise OptionError(f"--f1 is {least:g}: give a number from 0 to 1")
     if arguments.picture is not None and arguments.picture.suffix.lower() != ".png":
         raise OptionError(f"the picture {str(arguments.picture)!r:.200} is a PNG file: end its name with .png")
+    if arguments.picture is not None:
+        check_pillow()
     compared = compare_files(arguments.a, arguments.b, comparison)
     if arguments.picture is not None:
         title = f"A: {arguments.a.name}, B: {arguments.b.name}"

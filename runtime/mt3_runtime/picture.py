@@ -346,6 +346,15 @@ def _time_label(time: float, seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if seconds >= 3600 else f"{minutes}:{rest:02}"
 
 
+def check_pillow() -> None:
+    """Say before the work that no picture can be drawn.
+
+    Raises:
+        DependencyError: Pillow is not installed.
+    """
+    _pillow()
+
+
 def _pillow() -> tuple[Any, Any, Any]:
     try:
         image, draw, font = (importlib.import_module(f"PIL.{name}") for name in ("Image", "ImageDraw", "ImageFont"))

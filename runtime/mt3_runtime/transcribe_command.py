@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mt3_runtime.errors import Mt3Error, OptionError, OutputError
 from mt3_runtime.loading import load
+from mt3_runtime.picture import check_pillow
 
 if TYPE_CHECKING:
     import argparse
@@ -38,6 +39,7 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
     Raises:
         OptionError: options contradict each other, or two results would have one name.
         OutputError: an output cannot be written.
+        DependencyError: a picture is asked for and Pillow is not installed.
     """
     named = [path for path in (arguments.output, arguments.json, arguments.picture) if path is not None]
     if named and len(arguments.inputs) > 1:
@@ -54,6 +56,8 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
         jobs.append(Job(source, (*named, *automatic)))
     _check_suffixes(arguments)
     _check_clashes(jobs)
+    if any(path.suffix.lower() == ".png" for job in jobs for path in job.outputs):
+        check_pillow()
     if arguments.output_dir is not None:
         _make_folder(folder)
     for path in (path for job in jobs for path in job.outputs):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0, or 2 after an error, explained in one line."""
+    from mt3_export.dependencies import needing
     from mt3_runtime.errors import Mt3Error
 
     parser = _parser()
@@ -24,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.export and not options.state:
         parser.error("give --state DIR, the run to export")
     try:
-        _run(options)
+        with needing("cpu,export", "mir_eval"):
+            _run(options)
     except Mt3Error as error:
         print(f"train_demo: {error}", file=sys.stderr)
         return 2

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from demo_model.agreement import Agreement, average, compare
-from demo_model.clips import HELD_OUT, VALIDATION, make_clip
+from demo_model.clips import VALIDATION
+from demo_model.held_out import ROWS, held_out_clips
 from demo_model.listening import transcribe_clips
 from demo_model.scores import KINDS
 from demo_model.settings import FEATURES
@@ -18,22 +19,13 @@ from mt3_export.checkpoint import Checkpoint, load_checkpoint
 from mt3_runtime.loading import load
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
     from demo_model.clips import Clip
     from mt3_runtime.notes import Note
     from mt3_runtime.specs import ModelSpec
-
-SECONDS = (8.0, 20.0)  # of a held-out clip
-ROWS = {
-    "one": "one voice",
-    "two": "two voices",
-    "beat": "one voice, drums",
-    "band": "four voices, drums",
-    "drums": "drums alone",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +36,6 @@ class Row:
     clips: int
     seconds: float
     agreement: Agreement
-
-
-def held_out_clips(kind: str, count: int, stream: int = HELD_OUT) -> Iterable[Clip]:
-    """Clips of one kind whose seeds no training ever uses."""
-    order = tuple(KINDS).index(kind)
-    return (make_clip(KINDS[kind], SECONDS, (stream, order, index)) for index in range(count))
 
 
 def evaluate(transcribe: Callable[[Clip], Sequence[Note]], count: int) -> list[Row]:

@@ -1,0 +1,31 @@
+"""What is not installed, said with the command that installs it."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from mt3_runtime.errors import DependencyError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+OURS = ("mt3_export", "mt3_runtime")
+
+
+@contextmanager
+def needing(extras: str, *packages: str) -> Iterator[None]:
+    """Name the extras, with commas, and the packages besides, that bring what cannot be imported.
+
+    Raises:
+        DependencyError: an optional package is missing or broken.
+    """
+    try:
+        yield
+    except DependencyError:
+        raise
+    except ImportError as error:
+        if not error.name or error.name.split(".")[0] in OURS:
+            raise
+        wanted = " ".join((f"'mt3-runtime[{extras}]'", *packages))
+        raise DependencyError(f"{error.name} cannot be imported: pip install {wanted}") from None
