@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 REPAIRS: dict[Kind, str] = {
     "cuda": "pip install --force-reinstall 'onnxruntime-gpu[cuda,cudnn]'",
-    "tensorrt": "pip install --force-reinstall 'mt3-runtime[tensorrt]'",
-    "tensorrt-rtx": "pip install --force-reinstall 'mt3-runtime[tensorrt-rtx]'",
+    "tensorrt": "pip install --force-reinstall tensorrt",
+    "tensorrt-rtx": "pip install --force-reinstall tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings",
 }
 
 
