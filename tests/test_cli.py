@@ -17,7 +17,7 @@ from mir_eval import transcription, util
 from safetensors.torch import save_file
 
 from mt3_export import cli as export_cli
-from mt3_runtime import cli
+from mt3_runtime import cli, transcribe_command
 from mt3_runtime.bundle import demo_bundle_path, demo_clip_path
 from mt3_runtime.errors import OutputError
 from mt3_runtime.files import atomic_write
@@ -216,6 +216,25 @@ def test_full_disk_is_said_and_the_old_result_stays(capsys, tone, tmp_path, monk
     assert "disk is full" in lines[-1]
     assert target.read_bytes() == b"old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tone.wav", "x.mid"]
+
+
+def test_a_target_that_cannot_be_replaced_is_found_before_the_work(capsys, tone, tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "x.mid")
+    monkeypatch.setattr(transcribe_command, "load", lambda *_, **__: pytest.fail("work"))
+    code, _, errors = run(capsys, "transcribe", tone, "-o", tmp_path / "x.mid")
+    assert (code, len(errors)) == (2, 1)
+    assert "it is a device or a pipe: choose an ordinary file" in errors[0]
+
+
+def test_one_file_that_cannot_be_written_keeps_no_other_from_being_written(capsys, tone, tmp_path, monkeypatch):
+    monkeypatch.setattr(transcribe_command, "check_writable", lambda _: None)
+    code, _, errors = run(
+        capsys, "transcribe", tone, "-o", tmp_path / "none" / "x.mid", "--json", tmp_path / "x.json",
+        "--picture", tmp_path / "nowhere" / "x.png",
+    )  # fmt: skip
+    assert (code, len(errors)) == (2, 1)
+    assert [f"{tmp_path}/{folder}/x" in errors[0] for folder in ("none", "nowhere")] == [True, True]
+    assert json.loads((tmp_path / "x.json").read_text())
 
 
 def test_bench_prints_one_json_object(capsys, tiny_folder):

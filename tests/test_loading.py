@@ -88,6 +88,14 @@ def test_slots_and_threads_are_whole_numbers_from_one(tiny_folder, name, value):
         load(tiny_folder, **{name: value})
 
 
+def test_slots_and_threads_beyond_every_machine(tiny_folder):
+    with pytest.raises(OptionError, match=r"^threads is 2147483648: give at most 1024,"):
+        load(tiny_folder, threads=2**31)
+    for slots in (10**13, 10**20):
+        with pytest.raises(OptionError, match=f"^there is no memory for {slots} slots of .* tokens: give fewer$"):
+            load(tiny_folder, "cpu", slots=slots)
+
+
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(BundleError, match=r"missing does not exist: name a folder made by mt3-export bundle$"):
         load(tmp_path / "missing")

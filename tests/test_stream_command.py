@@ -9,6 +9,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,7 @@ import numpy as np
 import pretty_midi
 import pytest
 
-from mt3_runtime import bench_songs, cli
+from mt3_runtime import bench_songs, cli, stream_command
 from mt3_runtime.audio import load_audio
 from mt3_runtime.backends.ort import OrtBackend
 from mt3_runtime.bundle import demo_clip_path
@@ -103,12 +105,13 @@ def test_what_is_wrong_is_one_line(monkeypatch, capsys, tmp_path):
 
 
 def test_an_error_keeps_the_notes_before_it(monkeypatch, capsys, clip, tmp_path):
-    numbers, _ = clip
+    numbers, notes = clip
     target, options = tmp_path / "out.mid", ("--rate", RATE, "--format", "f32le", "-o", tmp_path / "out.mid")
     data = np.concatenate([numbers / np.float32(32_768), [np.nan]]).astype("<f4").tobytes()
     code, lines, said = stream(monkeypatch, capsys, data, *options)
     found = [note for line in lines for note in line["notes"]]
-    assert (code, len(lines)) == (2, 2)
+    assert (code, [line["is_last"] for line in lines]) == (2, [False, False, True])
+    assert onsets(found) == onsets(map(note_to_dict, notes))  # those that sounded, too, and the segment that had begun
     assert "the stream holds NaN" in said[-1]
     assert sum(len(track.notes) for track in pretty_midi.PrettyMIDI(str(target)).instruments) == len(found) > 3
     target.unlink()
@@ -195,6 +198,48 @@ def test_a_second_signal_is_an_interrupt(monkeypatch, capsys, clip):
     monkeypatch.setattr(OrtBackend, "step", twice)
     code, lines, said = stream(monkeypatch, capsys, numbers.tobytes(), "--rate", RATE)
     assert (code, lines, said[-1]) == (130, [], "mt3-run: interrupted")
+
+
+def test_a_signal_right_behind_the_samples_loses_none_of_them():
+    """A read that the signal broke off would have taken them from the pipe, and thrown them away."""
+    kept = 0
+    for _ in range(30):
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            time.sleep(0.02)  # the other side waits by then
+            os.write(writer, bytes(4_096))
+            os.kill(os.getppid(), signal.SIGINT)
+            os._exit(0)
+        interrupt = stream_command._Interrupt()
+        with os.fdopen(reader, "rb") as source, interrupt.installed():
+            kept += len(interrupt.read(source)) == 4_096
+            os.waitpid(child, 0)
+        os.close(writer)
+    assert kept == 30
+
+
+def test_a_pipe_that_does_not_block_is_waited_for():
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    with os.fdopen(reader, "rb") as source, os.fdopen(writer, "wb", buffering=0) as sink:
+        threading.Timer(0.1, sink.write, [b"here"]).start()
+        assert stream_command._Interrupt().read(source) == b"here"
+
+
+def test_signals_while_the_notes_are_written_wait(monkeypatch, capsys, clip, tmp_path):
+    numbers, notes = clip
+    target, write = tmp_path / "out.mid", stream_command.write_midi
+
+    def interrupted(*arguments, **options):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(stream_command, "write_midi", interrupted)
+    code, _, _ = stream(monkeypatch, capsys, numbers.tobytes(), "--rate", RATE, "-o", target)
+    assert code == 0
+    assert sum(len(track.notes) for track in pretty_midi.PrettyMIDI(str(target)).instruments) == len(notes)
 
 
 def test_an_ignored_signal_stays_ignored(clip):

@@ -238,6 +238,18 @@ def test_a_file_an_array_and_the_segments_give_the_same_notes(tiny, tmp_path, ra
     assert len(segments) == from_file.provenance.segments == 4
 
 
+@pytest.mark.parametrize("bad", [np.nan, 2e12])
+def test_segments_before_what_is_no_sound_are_given(tiny, tmp_path, bad):
+    """Of a file that cannot be used from 20 s on, whatever is wrong with it."""
+    samples, found = np.tile(chords(11, 2)[: 2 * RATE], 13), []
+    samples[20 * RATE :] = bad
+    soundfile.write(tmp_path / "bad.wav", samples, RATE, subtype="FLOAT")
+    with pytest.raises(AudioError, match=r"bad\.wav"):
+        found.extend(segment.index for segment in tiny.iter_segments(tmp_path / "bad.wav"))
+    assert len(found) >= 3
+    assert found == list(range(len(found)))
+
+
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_the_number_of_slots_does_not_change_the_notes(tiny, musical_folder, slots):
     notes, wanted = (notes_of(each, chords(11, 2)) for each in (load(musical_folder, slots=slots), tiny))

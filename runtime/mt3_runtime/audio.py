@@ -36,6 +36,7 @@ _CODECS: Final = {
 }
 _INTEGER_TYPES: Final = ("uint8", "int8", "int16", "int32")
 _BLOCK_VALUES = 1 << 18  # values decoded at a time, over all channels: 1 MiB
+_LOUDEST = 1e10  # full scale is 1; features allow a hundred times as much, which leaves room for the resampler
 _UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's frame count of a stream that does not state one
 
 
@@ -240,14 +241,12 @@ def check_bounds(name: str, channels: int, rate: int, frames: int, limits: Audio
         )
     if frames > limits.max_seconds * rate:
         raise AudioError(
-            f"{name} lasts {frames / rate:.1f} s, more than {limits.max_seconds:g} s: split it,"
-            " or raise AudioLimits.max_seconds"
+            f"{name} lasts {frames / rate:.1f} s, more than {limits.max_seconds:g} s: split it, or stream it"
         )
     decoded = frames * channels * 4
     if decoded > limits.max_decoded_bytes:
         raise AudioError(
-            f"{name} decodes to {decoded} bytes, more than {limits.max_decoded_bytes}: split it,"
-            " or raise AudioLimits.max_decoded_bytes"
+            f"{name} decodes to {decoded} bytes, more than {limits.max_decoded_bytes}: split it, or stream it"
         )
 
 
@@ -327,11 +326,14 @@ class MonoStream:
         """The mean of the channels of a block [samples, channels] -> [samples]; nothing is taken in yet.
 
         Raises:
-            AudioError: a sample is not finite.
+            AudioError: a sample is not finite, or beyond all loudness.
         """
         mono = _average(block)
         if not np.isfinite(mono).all():
             raise AudioError(f"{self._name} holds NaN or infinite samples: export it again")
+        peak = max(mono.max(initial=0), -mono.min(initial=0))
+        if peak > _LOUDEST:  # found here, it is the fault of this audio alone, and nothing before it is lost
+            raise AudioError(f"{self._name} reaches {peak:.0e}, which is no sound: scale it to -1..1")
         return mono
 
     def take(self, mono: NDArray[np.float32]) -> NDArray[np.float32]:

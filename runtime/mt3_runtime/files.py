@@ -8,8 +8,12 @@ import os
 import secrets
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mt3_runtime.errors import OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _FIXES = {
     errno.ENOENT: "its folder does not exist: create the folder first",
@@ -35,8 +39,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         OutputError: the target cannot be written; the message says what to do.
     """
-    name = repr(os.fspath(path))
-    try:
+    with _explained(path):
         target = Path(os.path.realpath(path))
         mode = _target_mode(target)
         temporary = target.parent / f".mt3-{secrets.token_hex(8)}.tmp"
@@ -48,6 +51,23 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
                 temporary.unlink(missing_ok=True)
             raise
         _sync_folder(target.parent)
+
+
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Find out, before the work, that `atomic_write` would refuse what is there.
+
+    Raises:
+        OutputError: it is no file, or write-protected.
+    """
+    with _explained(path):
+        _target_mode(Path(os.path.realpath(path)))
+
+
+@contextlib.contextmanager
+def _explained(path: str | os.PathLike[str]) -> Iterator[None]:
+    name = repr(os.fspath(path))
+    try:
+        yield
     except OutputError:
         raise
     except OSError as error:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mt3_runtime.graphs import Precision
     from mt3_runtime.transcriber import Transcriber
 
+MAX_THREADS = 1024
 TRANSCRIBER = "mt3_runtime.transcriber"  # and with it everything that reads audio and writes MIDI
 
 
@@ -58,7 +59,7 @@ def load(
         BundleError: the bundle is broken, tampered with or of another version.
         DependencyError: a package that the device needs is not installed.
         DeviceError: there is no such device, or it cannot be used here; everything that is missing is named.
-        OptionError: `slots` or `threads` is not a positive whole number, or an option is for another model or device.
+        OptionError: `slots` or `threads` is no sensible number, or an option is for another model or device.
         OutOfMemoryError: the device has no memory for a single slot.
     """
     asked = parse_device(device)
@@ -68,6 +69,8 @@ def load(
     for name, value in (("slots", slots), ("threads", threads)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise OptionError(f"{name} is {value!r}: give a whole number of 1 or more")
+    if threads is not None and threads > MAX_THREADS:
+        raise OptionError(f"threads is {threads}: give at most {MAX_THREADS}, better one for each core")
     asked_to_spin()  # that its variable can be read is found out before any work
     silence = silence_rule(skip_silence, strict_upstream=strict_upstream)
     opened = open_bundle(demo_bundle_path() if bundle is None else bundle)

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from mt3_runtime.midi_styles import MidiStyle
     from mt3_runtime.notes import Note
 
-MAX_TICK = 0x0FFFFFFF  # the longest time between two MIDI events, 169 hours of MT3's ticks
+LONGEST = 0x0FFFFFFF  # ticks between two MIDI events at most, 169 hours of MT3's
+LATEST = 2**40  # ticks: what is later has no time, but a fault
 DRUM_CHANNEL = 9  # counted from 0
 MELODIC_CHANNELS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15)
 
@@ -64,7 +65,7 @@ def notes_to_midi(notes: Iterable[Note], *, style: MidiStyle = MT3_STYLE) -> pre
     instrument shares a channel with the first.
 
     Raises:
-        OutputError: a note is later than MIDI can tell.
+        OutputError: a note has no time that music can have.
     """
     tracks, _ = _arrange(notes, style)
     midi = pretty_midi.PrettyMIDI(resolution=style.ticks_per_quarter, initial_tempo=BEATS_PER_MINUTE)
@@ -91,7 +92,7 @@ def write_midi(notes: Iterable[Note], path: str | os.PathLike[str], *, style: Mi
         The warnings of `midi_warnings`.
 
     Raises:
-        OutputError: the file cannot be written, or a note is later than MIDI can tell.
+        OutputError: the file cannot be written, or a note has no time that music can have.
     """
     tracks, warnings = _arrange(notes, style)
     atomic_write(path, _encode(tracks, style.ticks_per_quarter))
@@ -133,7 +134,7 @@ def _separate(notes: Sequence[Note], rate: float) -> tuple[list[_TickNote], int]
     shortened = 0
     for pitch, at in by_pitch.items():
         starts = sorted(at)
-        for start, following in zip(starts, [*starts[1:], MAX_TICK + 1], strict=True):
+        for start, following in zip(starts, [*starts[1:], LATEST], strict=True):
             end = min(at[start].end, following)
             shortened += end < at[start].end
             kept.append(_TickNote(start, end, pitch, at[start].velocity))
@@ -141,11 +142,9 @@ def _separate(notes: Sequence[Note], rate: float) -> tuple[list[_TickNote], int]
 
 
 def _tick(seconds: float, rate: float) -> int:
-    tick = round(seconds * rate)
-    if tick >= MAX_TICK:
-        latest = int(MAX_TICK / rate / 3600)
-        raise OutputError(f"a note at {seconds} s is later than MIDI can tell: keep notes below {latest} hours")
-    return tick
+    if not seconds * rate < LATEST - 1:
+        raise OutputError(f"a note at {seconds} s is not in any music: keep notes below {int(LATEST / rate)} s")
+    return round(seconds * rate)
 
 
 def _warnings(tracks: Sequence[_Track], shortened: int, left_out: int) -> tuple[str, ...]:
@@ -193,6 +192,9 @@ def _encode_track(track: _Track, turns: set[int], *, with_ports: bool) -> mido.M
     messages.append(_program(track))
     now = 0
     for tick, *_, message in sorted(events, key=lambda event: event[:3]):
+        while tick - now > LONGEST:
+            messages.append(mido.MetaMessage("text", time=LONGEST))
+            now += LONGEST
         message.time = tick - now
         messages.append(message)
         now = tick

@@ -55,20 +55,19 @@ def stream_notes(arguments: argparse.Namespace, source: IO[bytes], target: IO[st
     where = ": ".join(filter(None, (transcriber.backend.device, transcriber.device_reason)))
     print(f"listening: {arguments.channels} x {arguments.format} at {arguments.rate} Hz, on {where}", file=sys.stderr)
     notes: list[Note] = []
-    interrupt = _Interrupt()
-    try:
-        with interrupt.installed():
+    interrupt, is_whole = _Interrupt(), False
+    with interrupt.installed():
+        try:
             blocks = _blocks(source, np.dtype(TYPES[arguments.format]), arguments.channels, interrupt)
             for segment in transcriber.stream(blocks, arguments.rate):
                 if arguments.output is not None:
                     notes += segment.notes
                 _write(_line(segment), target)
-    except BaseException:
-        if notes:
-            _save(notes, arguments.output, transcriber)
-        raise
-    if arguments.output is not None:
-        _save(notes, arguments.output, transcriber)
+            is_whole = True
+        finally:
+            interrupt.is_held = True  # what was heard is written, whoever is in a hurry
+            if arguments.output is not None and (notes or is_whole):
+                _save(notes, arguments.output, transcriber)
 
 
 def _save(notes: list[Note], path: Path, transcriber: Transcriber) -> None:
@@ -88,10 +87,13 @@ def _write(line: str, target: IO[str]) -> None:
 
 
 class _Interrupt:
-    """Turns the first Ctrl-C or SIGTERM into the end of the input, wherever it comes; the second is as always."""
+    """Turns the first Ctrl-C or SIGTERM into the end of the input, wherever it comes; the second is as always.
+
+    `is_held`: none of them is heard any more.
+    """
 
     def __init__(self) -> None:
-        self.asked = self.reading = False
+        self.asked = self.is_held = self._is_waiting = False
         self._after = 0  # bytes read since it was asked
 
     @contextmanager
@@ -109,7 +111,9 @@ class _Interrupt:
                 signal.signal(number, handler)
 
     def _handle(self, *_: object) -> None:
-        if self.asked or self.reading:
+        if self.is_held:
+            return
+        if self.asked or self._is_waiting:
             self.asked = True
             raise KeyboardInterrupt
         self.asked = True
@@ -118,25 +122,37 @@ class _Interrupt:
         """What is there, waiting only where nothing is; empty at the end."""
         # read1 does not wait until everything asked for is there
         read = getattr(source, "read1", source.read)
-        if not self.asked:
+        self._wait(source)
+        return self._rest(source, read) if self.asked else bytes(read(_READ))
+
+    def _wait(self, source: IO[bytes]) -> None:
+        """Wait until something has come or a signal; a read that a signal broke off would lose what it had taken."""
+        try:
             try:
-                self.reading = True
-                return bytes(read(_READ))
-            except KeyboardInterrupt:
-                pass
+                self._is_waiting = True
+                if not self.asked:
+                    _wait_for(source, None)
             finally:
-                self.reading = False
-        return self._rest(source, read)
+                self._is_waiting = False
+        except KeyboardInterrupt:
+            self._is_waiting = False  # it may have come before it could be said
 
     def _rest(self, source: IO[bytes], read: Callable[[int], bytes]) -> bytes:
         """What had come before the signal and lies in the pipe, of one that never ends a megabyte."""
-        try:
-            there = bool(select.select([source], [], [], 0)[0])
-        except (OSError, ValueError, TypeError):  # it has no descriptor
-            there = False
-        data = bytes(read(_READ)) if there and self._after < _LEFT else b""
+        there = _wait_for(source, 0) and self._after < _LEFT
+        data = bytes(read(_READ)) if there else b""
         self._after += len(data)
         return data
+
+
+def _wait_for(source: IO[bytes], timeout: int | None) -> bool:
+    """Whether there is something to read, waiting at most `timeout` milliseconds; False without a descriptor."""
+    poll = select.poll()
+    try:
+        poll.register(source, select.POLLIN)
+    except (OSError, ValueError, TypeError):
+        return False
+    return bool(poll.poll(timeout))
 
 
 def _blocks(

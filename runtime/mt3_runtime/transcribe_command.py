@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mt3_runtime.errors import Mt3Error, OptionError, OutputError
+from mt3_runtime.files import check_target
 from mt3_runtime.loading import load
 from mt3_runtime.picture import check_pillow
 
@@ -129,16 +130,21 @@ def _outcomes(
 
 
 def _save(job: Job, outcome: Transcription | Mt3Error) -> tuple[Transcription, list[str]] | Mt3Error:
-    """Write every file of a job; returns the transcription with all notices, or what went wrong."""
+    """Write every file of a job; returns the transcription with all notices, or what went wrong.
+
+    A file that cannot be written keeps none of the others from being written.
+    """
     if isinstance(outcome, Mt3Error):
         return outcome
-    notices = list(outcome.warnings)
-    try:
-        for path in job.outputs:
+    notices, errors = list(outcome.warnings), list[Mt3Error]()
+    for path in job.outputs:
+        try:
             notices += [notice for notice in outcome.save(path) if notice not in notices]
-    except Mt3Error as error:
-        return error
-    return outcome, notices
+        except Mt3Error as error:
+            errors.append(error)
+    if len(errors) > 1:
+        return OutputError("; ".join(map(str, errors)))
+    return errors[0] if errors else (outcome, notices)
 
 
 def _tell(job: Job, transcription: Transcription, notices: Sequence[str]) -> None:
@@ -197,3 +203,4 @@ def check_writable(path: Path) -> None:
         raise OutputError(f"folder {path.parent} does not exist: create it first")
     if not os.access(path.parent, os.W_OK):
         raise OutputError(f"folder {path.parent} is write-protected: choose another one")
+    check_target(path)

@@ -7,7 +7,7 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mt3_runtime.decoding import decode_rows
-from mt3_runtime.errors import OptionError
+from mt3_runtime.errors import AudioError, OptionError
 from mt3_runtime.families import NoteState, check_options, decoding_rules, midi_style, new_note_state
 from mt3_runtime.features import feature_extractor
 from mt3_runtime.live import LiveStreams
@@ -148,15 +148,26 @@ class Transcriber:
             sample_rate: of the blocks in Hz.
 
         Raises:
-            AudioError: a block cannot be used, or the audio is out of bounds.
+            AudioError: a block cannot be used, after everything before it was given, as if it had been the end; or the
+                audio is out of bounds.
         """
         with self.live() as live:
             live.open(None, sample_rate)
+            error = None
             for block in blocks:
-                live.feed(None, block)
+                try:
+                    live.feed(None, block)
+                except AudioError as found:
+                    error = found
+                    break
                 yield from (segment for _, segment in live.drain())
-            live.end(None)
+            try:
+                live.end(None)
+            except AudioError as short:
+                raise error or short from None
             yield from (segment for _, segment in live.drain())
+            if error:
+                raise error
 
     @contextmanager
     def live(self) -> Iterator[LiveStreams[Any]]:

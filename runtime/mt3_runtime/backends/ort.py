@@ -62,9 +62,12 @@ class OrtBackend:
         self._memory, self._prefix, layers = model.memory, model.prefix_length, model.decoder_layers
         cross = (slots, model.num_heads, features.segment_frames + model.extra_context, model.d_kv)
         own = (slots, model.num_heads, self._prefix + self.length, model.d_kv)
-        # zeros, not empty: the system hands out zero pages lazily, so unused positions cost no memory
-        self._cross = [np.zeros(cross, np.float32) for _ in range(2 * layers)]
-        self._own = [np.zeros(own, np.float32) for _ in range(2 * layers)]
+        try:
+            # zeros, not empty: the system hands out zero pages lazily, so unused positions cost no memory
+            self._cross = [np.zeros(cross, np.float32) for _ in range(2 * layers)]
+            self._own = [np.zeros(own, np.float32) for _ in range(2 * layers)]
+        except (MemoryError, ValueError, OverflowError):  # numpy's, of sizes that no memory has
+            raise OptionError(f"there is no memory for {slots} slots of {self.length} tokens: give fewer") from None
         self._inputs = {name: np.zeros(slots, np.int32) for name in ("token", "position")}
         self._next_token, self._log_prob = np.zeros(slots, np.int32), np.zeros(slots, np.float32)
         self._bindings: dict[int, tuple[Any, list[Any]]] = {}
