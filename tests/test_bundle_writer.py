@@ -11,6 +11,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnx_ir as ir
 import pytest
@@ -19,6 +20,7 @@ from bundle_cases import check_all
 from conftest import TINY_FEATURES, TINY_MODEL
 from fast_export import FastExport
 from mt3_export import bundle_folder, bundle_writer
+from mt3_export.bundle_folder import check_output
 from mt3_export.onnx_graph import _check_contract
 from mt3_runtime.bundle import open_bundle
 from mt3_runtime.errors import BundleError, OptionError, OutputError
@@ -233,6 +235,9 @@ def test_places_that_cannot_be_written(fast, place, name, why):
     before = sorted(path.name for path in place.iterdir())
     with pytest.raises(OutputError, match=why):
         fast(place / name)
+    if len(name) != 250:  # the name of the folder itself would do
+        with pytest.raises(OutputError, match=why):
+            check_output(place / name)
     assert sorted(path.name for path in place.iterdir()) == before
 
 
@@ -344,11 +349,18 @@ def test_a_second_export_is_the_same_to_the_byte(tiny_folder, tmp_path):
 
 
 def test_each_family_has_its_vocabulary():
-    """YourMT3: 206 shifts where MT3 has 1001, and its tokens are all of its head's."""
-    assert {family: len(Vocabulary(spec)) for family, spec in bundle_writer.VOCABULARIES.items()} == {
-        "mt3": 1391,
-        "yourmt3": 596,
-    }
+    """YourMT3: as many shifts as a segment has steps, where MT3 has 1001; its tokens are all of its head's."""
+    for family, samples, count in (("mt3", 2_048, 1_391), ("yourmt3", 32_767, 596), ("yourmt3", 65_535, 801)):
+        features = SimpleNamespace(segment_samples=samples, sample_rate=16_000)
+        assert len(Vocabulary(bundle_writer.vocabulary_of(SimpleNamespace(family=family), features))) == count
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\udcff", "n" * 201])
+def test_names_that_are_none_are_refused_before_any_work(tiny_checkpoint, tmp_path, name):
+    odd = replace(tiny_checkpoint, model=replace(TINY_MODEL, name=name))
+    with pytest.raises(OptionError, match=r"which is no name: give --name$"):
+        bundle_writer.export_bundle(odd, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_heads_that_no_backend_runs_are_refused_before_any_work(tiny_checkpoint, tmp_path):

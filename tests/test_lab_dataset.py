@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mt3_export.lab.dataset import ClipFile, cut_notes, find_clips, load_reference, read_reference
+from mt3_export.lab.dataset import ClipFile, cut_notes, find_clips, find_sounds, load_reference, read_reference
 from mt3_runtime.errors import OptionError
 from mt3_runtime.midi import write_midi
 from mt3_runtime.notes import Note
@@ -163,6 +163,14 @@ def test_two_folders_with_one_name_in_both_are_refused(tmp_path):
     with pytest.raises(OptionError, match="give the folder above them"):
         find_clips([tmp_path / "a", tmp_path / "b"])
     assert names(find_clips([tmp_path])) == ["a/x", "b/x"]
+
+
+def test_sounds_that_are_not_named_may_have_one_name(tmp_path):
+    make(tmp_path, "a/x.wav", "b/x.wav", "x.wav", "x.flac")
+    found = find_sounds([tmp_path / "a", tmp_path / "b", tmp_path / "x.wav", tmp_path / "x.flac"])
+    assert found == tuple(tmp_path / name for name in ("a/x.wav", "b/x.wav", "x.wav", "x.flac"))
+    with pytest.raises(OptionError, match="is given twice"):
+        find_sounds([tmp_path / "a", tmp_path / "a" / "x.wav"])
 
 
 def test_a_clip_is_given_once(tmp_path, monkeypatch):

@@ -24,11 +24,12 @@ from mt3_export.lab.clips import read_notes
 from mt3_export.lab.job import Job, Sound, read_job
 from mt3_export.lab.results import read_results, to_json
 from mt3_export.lab.run import Options, find_all, measure, open_laboratory, read_combination
+from mt3_export.lab.size import bytes_read
 from mt3_export.lab.variants import VARIANTS, parse_variants
 from mt3_export.mixed_plan import read_plan
 from mt3_export.quantize_bundle import quantize_bundle
 from mt3_runtime.bundle import open_bundle
-from mt3_runtime.errors import DeviceError, OptionError
+from mt3_runtime.errors import BundleError, DeviceError, OptionError
 from mt3_runtime.loading import load
 from mt3_runtime.midi import write_midi
 from mt3_runtime.midi_reading import read_midi
@@ -184,6 +185,43 @@ def test_results_of_something_else_are_never_mixed(output, musical_folder, clips
     assert run(musical_folder, clips, tmp_path / "full") != 0
     assert "no folder of results: give another --output" in capfd.readouterr().err
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_that_is_not_ours_is_left_alone_before_the_export(clips, tmp_path, capfd):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    arguments = ["--checkpoint", "random:0", "--model", "mt3", "--audio", str(clips / "audio")]
+    assert main(["precision", *arguments, "--output", str(tmp_path / "full")]) == 2
+    assert "no folder of results: give another --output" in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+    assert main(["precision", *arguments, "--output", str(tmp_path / ("n" * 300))]) == 2
+    assert "File name too long" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (("--model", "mt3"), "--model is of a checkpoint, a bundle says it itself: leave it out"),
+        (("--memory-length", "7"), "--memory-length is of a checkpoint"),
+        (("--name", "x"), "--name is of a checkpoint"),
+        (("--calibration", "x"), "no precision listed is calibrated: leave --calibration out, or add qdq"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(musical_folder, clips, tmp_path, capfd, option, words):
+    assert run(musical_folder, clips, tmp_path / "out", *option) == 2
+    assert words in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_sizes_are_of_graphs_that_were_checked(musical_folder, tmp_path):
+    folder = tmp_path / "changed"
+    subprocess.run(["cp", "-r", str(musical_folder), str(folder)], check=True)
+    data = bytearray((folder / "encoder.fp32.tensorrt.onnx").read_bytes())
+    data[100:200] = b"\xff" * 100
+    (folder / "encoder.fp32.tensorrt.onnx").write_bytes(data)
+    assert bytes_read(open_bundle(folder), "ort", "fp32") == bytes_read(open_bundle(musical_folder), "ort", "fp32")
+    with pytest.raises(BundleError, match="changed or cut off"):
+        bytes_read(open_bundle(folder), "tensorrt", "fp32")
 
 
 def test_a_process_that_dies_is_one_result(output, musical_folder, clips, tmp_path, monkeypatch):

@@ -191,6 +191,13 @@ def kept_of(bundle, graph, precision):
     return list(products(ir.load(bundle.path / bundle.graph(graph, "ort", precision).file).graph))
 
 
+def test_products_that_stay_as_they_are_cannot_be_kept(tiny_bundle, tmp_path):
+    plan = replace(PLAN, precision="w8", keep={"encoder": ("layers.0.qkv",)})
+    with pytest.raises(OptionError, match="keeps products of encoder, which w8 leaves in fp32 anyway: leave them out"):
+        quantize_bundle(tiny_bundle, tmp_path / "new", (), plans=[plan])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_quantize_keeps_what_the_plan_names(tiny_folder, tmp_path, capsys):
     write_plan(PLAN, tmp_path / "int8.toml")
     write_plan(replace(PLAN, precision="w8", keep={"encoder": ("layers.1.qkv",)}), tmp_path / "w8.toml")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -309,6 +310,20 @@ def test_command(tiny_folder, tmp_path, capsys):
     assert held == {"fp32", "w8", "w4"}
     assert main(["quantize", str(tiny_folder), "--precision", "w5", "--output", str(tmp_path / "newer")]) == 2
     assert "'w5'" in capsys.readouterr().err
+
+
+def test_damaged_bundles_are_said_to_be_so(tiny_folder, tmp_path):
+    """Links are no part of a bundle: a copy of one would be what the runtime refuses."""
+    for damage in (
+        lambda file: file.unlink(),
+        lambda file: (file.rename(tmp_path / "away"), file.symlink_to(tmp_path / "away")),
+    ):
+        folder = copied(tiny_folder, tmp_path / "damaged")
+        damage(folder / "encoder.fp32.tensorrt.onnx")
+        with pytest.raises(BundleError, match=r"encoder\.fp32\.tensorrt\.onnx"):
+            quantize_bundle(open_bundle(folder), tmp_path / "new", ["w8"])
+        assert not (tmp_path / "new").exists()
+        shutil.rmtree(folder)
 
 
 def test_without_torch(tiny_folder, tmp_path):

@@ -216,6 +216,8 @@ LAYER = "encoder.blocks.1.temporal_transformer.0"
         (MOE, {f"{LAYER}.mlp.experts.2.w2.weight": None}, f"1 missing: {LAYER}.mlp.experts.2.w2.weight"),
         (MOE, {f"{LAYER}.mlp.dense1.weight": torch.ones(32, 32)}, f"1 unknown: {LAYER}.mlp.dense1.weight"),
         (MOE, {f"{LAYER}.attention.self.rotary_emb.freqs": torch.tensor([1.0, 0.02])}, "differs from encoder.rotary"),
+        (MULTI, {"encoder.rotary_emb_sca.freqs": torch.tensor(1.0)}, "encoder.rotary_emb_sca.freqs"),
+        (MOE, {"encoder.rotary_emb_latent.freqs": torch.tensor(1.0)}, "encoder.rotary_emb_latent.freqs"),
         (MOE, {"encoder.rotary_emb_latent.freqs": None}, "differs from encoder.rotary_emb_latent.freqs"),
         (MOE, {"encoder.rotary_emb_sca.freqs": torch.tensor([1.0, 0.01])}, "differs from encoder.rotary_emb_sca.freqs"),
     ],

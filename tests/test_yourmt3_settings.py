@@ -123,6 +123,11 @@ def test_settings_out_of_range_are_refused(tmp_path, name, value, words):
     assert words in refusal(tmp_path, saying(MOE, {name: value}), model=MOE)
 
 
+def test_segments_longer_than_the_positions_are_refused(tmp_path):
+    message = refusal(tmp_path, saying(MEL, {"audio_cfg.input_frames": 900_000}), model=MEL)
+    assert "has positions for 1034 frames, a segment has 7032: use another checkpoint" in message
+
+
 MISSPELT = {
     f"{ENCODER}.{name}": value
     for name, value in {

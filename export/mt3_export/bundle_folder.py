@@ -71,9 +71,13 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 def check_output(output: Path) -> None:
     """Raise OutputError if a bundle cannot be created at `output`."""
-    if output.exists() or output.is_symlink():
+    try:
+        is_there, has_parent = output.exists() or output.is_symlink(), output.parent.is_dir()
+    except OSError as error:  # a name too long, a folder that may not be looked into
+        raise OutputError(f"cannot write {str(output)!r:.200} ({error.strerror}): choose another --output") from None
+    if is_there:
         raise OutputError(f"{output} exists already: remove it, or choose another --output")
-    if not output.parent.is_dir():
+    if not has_parent:
         raise OutputError(f"folder {output.parent} does not exist: create it, or choose another --output")
 
 

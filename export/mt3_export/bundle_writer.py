@@ -34,10 +34,9 @@ if TYPE_CHECKING:
     from mt3_export.mixed_plan import MixedPlan
     from mt3_runtime.graphs import GraphSpec, Precision
     from mt3_runtime.manifest import LoweringName, WeightsStorage
-    from mt3_runtime.specs import FeatureSpec
+    from mt3_runtime.specs import FeatureSpec, ModelSpec
 
-# YourMT3 counts steps from the start of a segment, which is 205 steps long.
-VOCABULARIES = {"mt3": VocabularySpec(), "yourmt3": VocabularySpec(max_shift_steps=205)}
+LONGEST_NAME = 200  # characters
 HEAD_UNIT = 8  # com.microsoft.GroupQueryAttention refuses other widths when it is run
 TOOLS = ("torch", "onnxscript", "onnx_ir")
 
@@ -68,6 +67,9 @@ def export_bundle(
             f"heads of width {checkpoint.model.d_kv} are no multiple of {HEAD_UNIT}, as ONNX Runtime asks: "
             "check the number of heads"
         )
+    name = checkpoint.model.name
+    if not name.isprintable() or len(name) > LONGEST_NAME:
+        raise OptionError(f"the model would be called {printable(name)!r}, which is no name: give --name")
     if not notice.isprintable():
         raise OptionError("the notice holds a line break or a control character: give one line of text")
     mixed = plans_by_precision(plans, checkpoint.model.name, graph_specs(checkpoint.model, checkpoint.features))
@@ -87,7 +89,7 @@ def export_bundle(
             version=VERSION,
             model=checkpoint.model,
             features=checkpoint.features,
-            vocabulary=VOCABULARIES[checkpoint.model.family],
+            vocabulary=vocabulary_of(checkpoint.model, checkpoint.features),
             contracts=_contracts(checkpoint, graphs),
             graphs=graphs,
             files=records(folder.iterdir()),
@@ -95,6 +97,17 @@ def export_bundle(
         )
         finish(folder, manifest)
     return output
+
+
+def vocabulary_of(model: ModelSpec, features: FeatureSpec) -> VocabularySpec:
+    """The vocabulary of a model.
+
+    YourMT3 counts steps from the start of a segment, and has as many as fit one; of 32,767 samples 206, with 0
+    (`task_manager.py`, `max_shift_steps`).
+    """
+    if model.family == "mt3":
+        return VocabularySpec()
+    return VocabularySpec(max_shift_steps=int(features.segment_samples / features.sample_rate // 0.01) + 1)
 
 
 def _write_graphs(

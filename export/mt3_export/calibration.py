@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from mt3_export.histogram import Histogram
-from mt3_export.lab.dataset import find_clips
+from mt3_export.lab.dataset import find_sounds
 from mt3_export.qdq import LEVELS, factors
 from mt3_runtime.audio import DEFAULT_LIMITS, open_audio
 from mt3_runtime.backends.ort import LOWERING, OrtBackend
@@ -88,7 +88,7 @@ def choose_passages(bundle: Bundle, audio: Sequence[Path], segments: int) -> dic
     features = bundle.manifest.features
     length = passage_length(bundle)
     counts: dict[Path, int] = {}
-    for path in sorted(clip.audio for clip in find_clips(audio)):
+    for path in sorted(find_sounds(audio)):
         with open_audio(path, sample_rate=features.sample_rate) as stream:
             counts[path] = -(-segment_count(stream.expected, features) // length)
     total = sum(counts.values())

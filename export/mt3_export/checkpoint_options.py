@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from mt3_export.settings import FAMILY
 from mt3_export.yourmt3_models import MODELS as YOURMT3
 from mt3_runtime.cli import positive
+from mt3_runtime.errors import OptionError
 from mt3_runtime.specs import MT3_FRONTENDS, POSITION_BASES
 
 if TYPE_CHECKING:
@@ -16,10 +17,11 @@ if TYPE_CHECKING:
     from mt3_export.checkpoint import Checkpoint
 
 MODELS = (*FAMILY, *YOURMT3)
+OF_A_CHECKPOINT = ("position_base", "frontend", "mel_norm", "num_heads", "max_length", "memory_length", "name")
 
 
-def add_checkpoint_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add the file and what it may not say."""
+def add_checkpoint_options(parser: argparse.ArgumentParser, *, required: bool = True, named: bool = True) -> None:
+    """Add the file, what it may not say, and what it is called, if it is to be `named`."""
     parser.add_argument("--checkpoint", required=required, metavar="FILE|random:SEED", help="weights to export")
     parser.add_argument(
         "--position-base", type=int, choices=POSITION_BASES, help="mt3: 255, Magenta's rule, or 256, MR-MT3's"
@@ -34,7 +36,10 @@ def add_checkpoint_options(parser: argparse.ArgumentParser, *, required: bool = 
         metavar="N",
         help="MR-MT3: vectors of its memory, where the file's name does not say",
     )
-    parser.add_argument("--name", help="what the model is called in results (default: from the file)")
+    if named:
+        parser.add_argument("--name", help="what the model is called in results (default: from the file)")
+    else:
+        parser.set_defaults(name=None)
 
 
 def load_checkpoint_of(arguments: argparse.Namespace) -> Checkpoint:
@@ -42,6 +47,7 @@ def load_checkpoint_of(arguments: argparse.Namespace) -> Checkpoint:
 
     Raises:
         CheckpointError: it is not what it is given as.
+        OptionError: an option makes no sense.
     """
     from dataclasses import replace  # noqa: PLC0415 -- torch takes seconds to import: not for --help
 
@@ -59,6 +65,8 @@ def load_checkpoint_of(arguments: argparse.Namespace) -> Checkpoint:
     )
     for warning in checkpoint.warnings:
         sys.stderr.write(f"note: {warning}\n")
+    if arguments.name == "":
+        raise OptionError("--name is empty: give a name, or leave it out")
     if arguments.name:
         return replace(checkpoint, model=replace(checkpoint.model, name=arguments.name))
     return checkpoint

@@ -111,7 +111,7 @@ def _add_verify(commands: Commands) -> None:
     parser = commands.add_parser("verify", help="compare a bundle's graphs with torch, step by step")
     parser.add_argument("bundle", type=Path, metavar="DIR")
     parser.add_argument("--model", choices=MODELS, default="mt3", help="what the checkpoint is (default: mt3)")
-    add_checkpoint_options(parser)
+    add_checkpoint_options(parser, named=False)
     parser.add_argument("--segments", type=positive, default=2, metavar="N")
     parser.add_argument("--steps", type=positive, default=64, metavar="N")
     parser.add_argument("--json", action="store_true", help="one JSON array on standard output")

@@ -44,7 +44,7 @@ def build_engines(arguments: argparse.Namespace, say: Callable[[str], None], cac
 
     bundle = open_bundle(arguments.bundle)
     recipe = recipe_for(bundle.manifest, arguments.recipe)
-    profiles = [arguments.profile] if arguments.profile else list(recipe.profiles)
+    profiles = [arguments.profile] if arguments.profile is not None else list(recipe.profiles)
     plans = [plan for profile in profiles for plan in plan_engines(bundle, recipe, arguments.precision, profile)]
     backend, trt = choose_backend(arguments.backend)
     target = choose_target(trt, backend, arguments.target)

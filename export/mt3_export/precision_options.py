@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mt3_export.checkpoint_options import MODELS, add_checkpoint_options, load_checkpoint_of
+from mt3_export.checkpoint_options import MODELS, OF_A_CHECKPOINT, add_checkpoint_options, load_checkpoint_of
 from mt3_export.dependencies import needing
 from mt3_runtime.cli import positive
 from mt3_runtime.errors import OptionError
@@ -87,6 +87,9 @@ def _precision(arguments: argparse.Namespace) -> int:
         raise OptionError("what is to be measured is a bundle or a checkpoint: give the folder, or --checkpoint")
     if arguments.checkpoint and not arguments.model:
         raise OptionError("a checkpoint does not say what it is: give --model")
+    said = [name for name in ("model", *OF_A_CHECKPOINT) if getattr(arguments, name) is not None]
+    if said and not arguments.checkpoint:
+        raise OptionError(f"--{said[0].replace('_', '-')} is of a checkpoint, a bundle says it itself: leave it out")
 
     def bundle() -> Path:
         return arguments.bundle or _exported(arguments)

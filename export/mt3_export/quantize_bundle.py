@@ -65,7 +65,7 @@ def quantize_bundle(
     _check_calibration(wanted, calibration)
     with new_folder(output) as folder:
         for file in bundle.manifest.files:
-            shutil.copyfile(bundle.path / file, folder / file, follow_symlinks=False)
+            shutil.copyfile(bundle.verify(file), folder / file)
         if records(folder.iterdir()) != bundle.manifest.files:
             raise BundleError(f"{bundle.path} is not what the manifest lists (changed or cut off): copy it again")
         entries = list(bundle.manifest.graphs)
@@ -124,6 +124,9 @@ def write_quantized(
             if mixed:
                 check_products(mixed, source.graph, products(ir.load(folder / source.file).graph))
             if form is None:
+                if mixed and mixed.of(source.graph):
+                    said_so = f"the plan for {precision} keeps products of {source.graph}"
+                    raise OptionError(f"{said_so}, which {precision} leaves in fp32 anyway: leave them out")
                 yield replace(source, precision=precision)
                 continue
             keep = mixed.of(source.graph) if mixed else ()

@@ -114,6 +114,10 @@ def _check(settings: YourMT3Settings, layout: Layout) -> None:
         raise CheckpointError(
             f"has positions for {layout.positions} tokens, fewer than max_length {settings.max_length}: ask for less"
         )
+    frames = settings.segment_samples // settings.hop_length + 1
+    positions = layout.perceiver.positions if layout.perceiver else layout.positions
+    if 0 < positions < frames:
+        raise CheckpointError(f"has positions for {positions} frames, a segment has {frames}: use another checkpoint")
     sizes = layout.perceiver
     if sizes is None:
         return
@@ -125,11 +129,6 @@ def _check(settings: YourMT3Settings, layout: Layout) -> None:
         )
     if settings.chosen > sizes.experts:
         raise CheckpointError(f"chooses {settings.chosen} of {sizes.experts} experts: use another checkpoint")
-    frames = settings.segment_samples // settings.hop_length + 1
-    if 0 < sizes.positions < frames:
-        raise CheckpointError(
-            f"has positions for {sizes.positions} frames, a segment has {frames}: use another checkpoint"
-        )
 
 
 def _read_said(stored: StoredState, layout: Layout) -> Said:

@@ -169,7 +169,8 @@ def check_tables(tensors: Mapping[str, Tensor], features: FeatureSpec) -> dict[s
     for name in ROTARY:
         key = f"encoder.{name}.freqs"
         if key in kept:
-            _check_table(key, kept[key], rotary_frequencies(key, len(kept[key])))
+            count = kept[key].shape[0] if kept[key].ndim else 0
+            _check_table(key, kept[key], rotary_frequencies(key, count))
     return kept
 
 

@@ -15,12 +15,21 @@ from mt3_export.lab.dataset import read_reference
 from mt3_export.lab.overlays import draw_overlays
 from mt3_export.lab.report.page import write_report
 from mt3_export.lab.results import Bisection
-from mt3_export.lab.run import Options, collect, find_all, measure, measure_one, open_laboratory, write_results
+from mt3_export.lab.run import (
+    Options,
+    check_folder,
+    collect,
+    find_all,
+    measure,
+    measure_one,
+    open_laboratory,
+    write_results,
+)
 from mt3_export.lab.spreadsheet import write_clips_csv, write_csv
 from mt3_export.lab.timing import time_all
 from mt3_export.lab.variants import VARIANTS, parse_variants
 from mt3_runtime.bundle import open_bundle
-from mt3_runtime.errors import Mt3Error
+from mt3_runtime.errors import Mt3Error, OptionError
 
 if TYPE_CHECKING:
     import argparse
@@ -52,8 +61,11 @@ def measure_precisions(arguments: argparse.Namespace, bundle: Callable[[], Path]
     bisected = check_bisected(arguments.bisect or ())
     check_plan_output(arguments.plan_output, bisected)
     options = _options(arguments)
+    if options.calibration and all(variant.precision != "qdq" for variant in options.variants):
+        raise OptionError("no precision listed is calibrated: leave --calibration out, or add qdq to --precisions")
     clips = find_all(options)
     _read_references(clips, options.seconds, say)
+    check_folder(options.output)
     opened = open_bundle(bundle())
     with _progress(say) as (tell, progress):
         laboratory = open_laboratory(replace(options, bundle=opened.path), clips, opened, progress)

@@ -63,6 +63,23 @@ def find_clips(audio: Sequence[Path], reference: Path | None = None) -> tuple[Cl
         OptionError: nothing is found or something cannot be read, two clips have one name, a clip is given twice, or
             one has no reference.
     """
+    found = _find(audio)
+    clips = [ClipFile(_printable(each.parts), each.audio, None) for each in found]
+    _check_unique(clips)
+    _check_folders(clips)
+    return tuple(clips if reference is None else _with_references(clips, found, reference))
+
+
+def find_sounds(audio: Sequence[Path]) -> tuple[Path, ...]:
+    """The sound files that `find_clips` finds, whatever they are called.
+
+    Raises:
+        OptionError: nothing is found or something cannot be read, or a file is given twice.
+    """
+    return tuple(each.audio for each in _find(audio))
+
+
+def _find(audio: Sequence[Path]) -> list[_Found]:
     files = [path for path in audio if not path.is_dir()]
     shared = _shared_folder(files)
     found = [
@@ -74,12 +91,14 @@ def find_clips(audio: Sequence[Path], reference: Path | None = None) -> tuple[Cl
         given = ", ".join(repr(str(path)) for path in audio)
         suffixes = ", ".join(sorted(suffix[1:] for suffix in AUDIO))
         raise OptionError(f"no sound files in {given or 'nothing'}: give files or folders that hold some ({suffixes})")
+    paths: set[Path] = set()
     for each in found:
         _check_readable(each.audio)
-    clips = [ClipFile(_printable(each.parts), each.audio, None) for each in found]
-    _check_unique(clips)
-    _check_folders(clips)
-    return tuple(clips if reference is None else _with_references(clips, found, reference))
+        path = _absolute(each.audio)
+        if path in paths:
+            raise OptionError(f"{str(each.audio)!r} is given twice: give it once")
+        paths.add(path)
+    return found
 
 
 def load_reference(clip: ClipFile, seconds: float | None = None) -> tuple[Note, ...]:
@@ -179,13 +198,9 @@ def _printable(parts: Sequence[str]) -> str:
 
 def _check_unique(clips: Sequence[ClipFile]) -> None:
     names: dict[str, ClipFile] = {}
-    paths: dict[Path, ClipFile] = {}
     for clip in clips:
         # Disks that do not tell case or composed letters apart would keep one file for both.
         same = names.setdefault(unicodedata.normalize("NFC", clip.name).casefold(), clip)
-        twice = paths.setdefault(_absolute(clip.audio), clip)
-        if twice is not clip:
-            raise OptionError(f"{str(clip.audio)!r} is given twice: give it once")
         if same is not clip:
             both = f"{str(same.audio)!r} and {str(clip.audio)!r}"
             raise OptionError(f"{both} would have one name, {clip.name!r}: rename one, or give the folder above them")

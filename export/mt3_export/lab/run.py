@@ -9,7 +9,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from mt3_export.lab.child import run_child
-from mt3_export.lab.dataset import find_clips
+from mt3_export.lab.dataset import find_clips, find_sounds
 from mt3_export.lab.job import Job, Sound
 from mt3_export.lab.note_scores import summarise
 from mt3_export.lab.results import (
@@ -216,13 +216,13 @@ def _identity(clip: ClipFile, bundle: Bundle) -> list[str]:
 
 def _claim(options: Options, bundle: Bundle, clips: Sequence[list[str]]) -> None:
     """Make the folder, or check that it is of the same bundle, clips and machine."""
-    calibration = find_clips(options.calibration) if options.calibration else ()
+    calibration = find_sounds(options.calibration) if options.calibration else ()
     identity = {
         "format": FORMAT,
         "version": [VERSION, __version__, package_versions().get("onnxruntime"), describe_machine().cpu_name],
         "bundle": bundle.sha256,
         "clips": list(clips),
-        "calibration": [_digest(clip.audio) for clip in calibration],
+        "calibration": [_digest(path) for path in calibration],
         "seconds": options.seconds,
         "rows": options.rows,
         "threads": options.threads,
@@ -233,8 +233,7 @@ def _claim(options: Options, bundle: Bundle, clips: Sequence[list[str]]) -> None
     if known not in (None, text):
         of = "another bundle, audio, setting, machine or version"
         raise OptionError(f"{options.output} holds results of {of}: give another --output")
-    if known is None and not _is_free(options.output):
-        raise OptionError(f"{options.output} exists and is no folder of results: give another --output")
+    check_folder(options.output)
     try:
         (options.output / "combinations").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -242,9 +241,19 @@ def _claim(options: Options, bundle: Bundle, clips: Sequence[list[str]]) -> None
     atomic_write(path, text)
 
 
-def _is_free(folder: Path) -> bool:
-    """Whether there is nothing that the command did not put there itself."""
-    return not folder.exists() or (folder.is_dir() and all(path.name == EXPORTED for path in folder.iterdir()))
+def check_folder(folder: Path) -> None:
+    """Refuse what is neither a folder of results nor free to become one.
+
+    Raises:
+        OptionError: there is something that the command did not put there itself.
+        OutputError: it cannot be looked into.
+    """
+    try:
+        is_ours = (folder / IDENTITY).is_file() or not folder.exists()
+        if not is_ours and not (folder.is_dir() and all(path.name == EXPORTED for path in folder.iterdir())):
+            raise OptionError(f"{folder} exists and is no folder of results: give another --output")
+    except OSError as error:
+        raise OutputError(f"cannot write {str(folder)!r:.200} ({error.strerror}): give another --output") from None
 
 
 def _digest(path: Path | None) -> str:

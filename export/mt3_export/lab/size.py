@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import onnx
 import onnx_ir as ir
 
 if TYPE_CHECKING:
@@ -14,13 +15,17 @@ def bytes_read(bundle: Bundle, lowering: str, precision: str) -> int | None:
     """Bytes of the graphs of one form and of the weights that they refer to, each once; None if it has none.
 
     Graphs share a file of weights without reading all of it.
+
+    Raises:
+        BundleError: a graph is not what the manifest lists.
     """
     graphs: set[str] = set()
     weights: dict[tuple[str, int], int] = {}
     for entry in bundle.manifest.graphs:
         if (entry.lowering, entry.precision) == (lowering, precision):
             graphs.add(entry.file)
-            for value in ir.load(bundle.path / entry.file).graph.initializers.values():
+            model = ir.from_proto(onnx.load_from_string(bundle.read(entry.file)))
+            for value in model.graph.initializers.values():
                 if isinstance(value.const_value, ir.ExternalTensor):
                     tensor = value.const_value
                     weights[entry.weights, tensor.offset or 0] = tensor.length or tensor.nbytes
