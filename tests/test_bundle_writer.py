@@ -350,15 +350,24 @@ def test_a_second_export_is_the_same_to_the_byte(tiny_folder, tmp_path):
 
 def test_each_family_has_its_vocabulary():
     """YourMT3: as many shifts as a segment has steps, where MT3 has 1001; its tokens are all of its head's."""
-    for family, samples, count in (("mt3", 2_048, 1_391), ("yourmt3", 32_767, 596), ("yourmt3", 65_535, 801)):
+    for family, samples, head, count in (
+        ("mt3", 2_048, 1_536, 1_391), ("yourmt3", 32_767, 596, 596), ("yourmt3", 65_535, 801, 801),
+        ("yourmt3", 2_048, 40, 596), ("yourmt3", 65_535, 596, 596),
+    ):  # fmt: skip
+        model = SimpleNamespace(family=family, vocab_size=head)
         features = SimpleNamespace(segment_samples=samples, sample_rate=16_000)
-        assert len(Vocabulary(bundle_writer.vocabulary_of(SimpleNamespace(family=family), features))) == count
+        assert len(Vocabulary(bundle_writer.vocabulary_of(model, features))) == count
+    with pytest.raises(BundleError, match=r"a head of 700 tokens is none of YourMT3's, 596 or 801: use another"):
+        bundle_writer.vocabulary_of(
+            SimpleNamespace(family="yourmt3", vocab_size=700),
+            SimpleNamespace(segment_samples=65_535, sample_rate=16_000),
+        )
 
 
 @pytest.mark.parametrize("name", ["a\nb", "\udcff", "n" * 201])
 def test_names_that_are_none_are_refused_before_any_work(tiny_checkpoint, tmp_path, name):
     odd = replace(tiny_checkpoint, model=replace(TINY_MODEL, name=name))
-    with pytest.raises(OptionError, match=r"which is no name: give --name$"):
+    with pytest.raises(OptionError, match=r"which is no name: give another one by --name$"):
         bundle_writer.export_bundle(odd, tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
 

@@ -483,7 +483,7 @@ def small_runs(monkeypatch):
     monkeypatch.setattr("demo_model.training._CLIPS", 4)
     monkeypatch.setattr("demo_model.sitting.LOG_STEPS", 2)
     monkeypatch.setattr("demo_model.sitting.CLIPS", 1)
-    monkeypatch.setattr("demo_model.evaluation.SECONDS", (2.5, 3.0))
+    monkeypatch.setattr("demo_model.held_out.SECONDS", (2.5, 3.0))
     return {"seed": 1, "steps": 6, "batch": 4, "precision": "fp32"}
 
 

@@ -162,7 +162,7 @@ def test_kinds_are_chosen_in_the_order_asked():
 
 def test_the_script_writes_a_set(tmp_path, monkeypatch, capsys):
     assert os.access(SCRIPT, os.X_OK)
-    monkeypatch.setattr("demo_model.evaluation.SECONDS", SECONDS)
+    monkeypatch.setattr("demo_model.held_out.SECONDS", SECONDS)
     code = _run(monkeypatch, "--clips", "2", "--kinds", "drums", "--output", str(tmp_path / "set"))
     assert code == 0
     assert capsys.readouterr().err == f"drums: 2 of drums alone\n{tmp_path / 'set'}: 2 clips\n"

@@ -101,6 +101,14 @@ def test_faults_of_ours_are_none_of_the_users(error):
     assert caught.value is error
 
 
+def test_a_broken_package_says_why():
+    error = ImportError("libcudart.so.12: cannot open shared object file", name="torch._C")
+    with pytest.raises(DependencyError) as caught, needing("export"):
+        raise error
+    reason = "libcudart.so.12: cannot open shared object file"
+    assert str(caught.value) == f"torch._C cannot be imported ({reason}): pip install --force-reinstall torch"
+
+
 def test_an_error_with_its_own_fix_is_left_alone():
     with pytest.raises(DependencyError, match="pip install it") as caught, needing("export"):
         raise DependencyError("it is missing: pip install it")

@@ -200,7 +200,7 @@ def test_products_that_stay_as_they_are_cannot_be_kept(tiny_bundle, tmp_path):
 
 def test_quantize_keeps_what_the_plan_names(tiny_folder, tmp_path, capsys):
     write_plan(PLAN, tmp_path / "int8.toml")
-    write_plan(replace(PLAN, precision="w8", keep={"encoder": ("layers.1.qkv",)}), tmp_path / "w8.toml")
+    write_plan(replace(PLAN, precision="w8", keep={"decode_step": ("layers.1.qkv",)}), tmp_path / "w8.toml")
     plans = ["--plan", str(tmp_path / "int8.toml"), "--plan", str(tmp_path / "w8.toml")]
     assert main(["quantize", str(tiny_folder), *plans, "--precision", "w4", "--output", str(tmp_path / "new")]) == 0
     assert capsys.readouterr().err.endswith(" and w4, int8, w8\n")

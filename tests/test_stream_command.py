@@ -205,14 +205,14 @@ def test_a_signal_right_behind_the_samples_loses_none_of_them():
     kept = 0
     for _ in range(30):
         reader, writer = os.pipe()
-        child = os.fork()
-        if not child:
-            time.sleep(0.02)  # the other side waits by then
-            os.write(writer, bytes(4_096))
-            os.kill(os.getppid(), signal.SIGINT)
-            os._exit(0)
         interrupt = stream_command._Interrupt()
         with os.fdopen(reader, "rb") as source, interrupt.installed():
+            child = os.fork()
+            if not child:
+                time.sleep(0.02)  # the other side waits by then
+                os.write(writer, bytes(4_096))
+                os.kill(os.getppid(), signal.SIGINT)
+                os._exit(0)
             kept += len(interrupt.read(source)) == 4_096
             os.waitpid(child, 0)
         os.close(writer)
@@ -329,3 +329,9 @@ def test_forced_lengths_are_given_back(tiny_bundle):
     assert busy.rules is rules
     assert math.isfinite(figures["ratio"])
     assert busy.transcribe(levels(tiny_bundle, [1]), RATE).provenance.tokens == 1
+
+
+def test_no_standard_input_is_one_line():
+    command = ["sh", "-c", '"$@" <&-', "sh", *COMMAND]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (2, "mt3-run: error: there is no standard input: pipe samples to it\n")

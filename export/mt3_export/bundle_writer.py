@@ -17,6 +17,7 @@ from mt3_export.network import build_modules
 from mt3_export.onnx_graph import PREFIX, for_cuda, trace
 from mt3_export.precision import PLANS, checked_precisions
 from mt3_export.quantize_bundle import write_quantized
+from mt3_export.settings import check_name
 from mt3_export.state import printable
 from mt3_export.weights_file import WeightsFile, stored_weights
 from mt3_runtime.errors import BundleError, OptionError
@@ -24,6 +25,7 @@ from mt3_runtime.graphs import FEATURES, QUANTIZED, graph_specs
 from mt3_runtime.manifest import FORMAT, VERSION, GraphFile, Manifest, Origin
 from mt3_runtime.specs import VocabularySpec
 from mt3_runtime.version import __version__
+from mt3_runtime.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from mt3_runtime.manifest import LoweringName, WeightsStorage
     from mt3_runtime.specs import FeatureSpec, ModelSpec
 
-LONGEST_NAME = 200  # characters
+YOURMT3_STEPS = 205  # of a segment of 32,767 samples
 HEAD_UNIT = 8  # com.microsoft.GroupQueryAttention refuses other widths when it is run
 TOOLS = ("torch", "onnxscript", "onnx_ir")
 
@@ -60,16 +62,16 @@ def export_bundle(
     Raises:
         OutputError: `output` exists, or cannot be written.
         OptionError: `notice` is not one printable line, the weights do not fit fp16, or a plan does not fit the model.
-        BundleError: a traced graph does not keep its contract, or no backend could run it.
+        BundleError: a traced graph does not keep its contract, no backend could run it, or the head has tokens that
+            the vocabulary has not.
     """
     if checkpoint.model.d_kv % HEAD_UNIT:
         raise BundleError(
             f"heads of width {checkpoint.model.d_kv} are no multiple of {HEAD_UNIT}, as ONNX Runtime asks: "
             "check the number of heads"
         )
-    name = checkpoint.model.name
-    if not name.isprintable() or len(name) > LONGEST_NAME:
-        raise OptionError(f"the model would be called {printable(name)!r}, which is no name: give --name")
+    vocabulary = vocabulary_of(checkpoint.model, checkpoint.features)
+    check_name(checkpoint.model.name)
     if not notice.isprintable():
         raise OptionError("the notice holds a line break or a control character: give one line of text")
     mixed = plans_by_precision(plans, checkpoint.model.name, graph_specs(checkpoint.model, checkpoint.features))
@@ -89,7 +91,7 @@ def export_bundle(
             version=VERSION,
             model=checkpoint.model,
             features=checkpoint.features,
-            vocabulary=vocabulary_of(checkpoint.model, checkpoint.features),
+            vocabulary=vocabulary,
             contracts=_contracts(checkpoint, graphs),
             graphs=graphs,
             files=records(folder.iterdir()),
@@ -102,12 +104,23 @@ def export_bundle(
 def vocabulary_of(model: ModelSpec, features: FeatureSpec) -> VocabularySpec:
     """The vocabulary of a model.
 
-    YourMT3 counts steps from the start of a segment, and has as many as fit one; of 32,767 samples 206, with 0
-    (`task_manager.py`, `max_shift_steps`).
+    YourMT3 counts steps from the start of a segment: 206 with 0, or as many as fit one of another length
+    (`config/config.py`, `max_shift_steps`). Its head has a row for every token, and tells which.
+
+    Raises:
+        BundleError: it tells neither.
     """
     if model.family == "mt3":
         return VocabularySpec()
-    return VocabularySpec(max_shift_steps=int(features.segment_samples / features.sample_rate // 0.01) + 1)
+    fitting = int(features.segment_samples / features.sample_rate // 0.01) + 1
+    specs = [VocabularySpec(max_shift_steps=steps) for steps in (YOURMT3_STEPS, fitting)]
+    sizes = {len(Vocabulary(spec)): spec for spec in specs}
+    if model.vocab_size < len(Vocabulary(VocabularySpec(max_shift_steps=1))):
+        return specs[0]  # too small for any: nobody will read what it says
+    if model.vocab_size not in sizes:
+        known = " or ".join(map(str, sizes))
+        raise BundleError(f"a head of {model.vocab_size} tokens is none of YourMT3's, {known}: use another checkpoint")
+    return sizes[model.vocab_size]
 
 
 def _write_graphs(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from mt3_export.settings import FAMILY
+from mt3_export.settings import FAMILY, check_name
 from mt3_export.yourmt3_models import MODELS as YOURMT3
 from mt3_runtime.cli import positive
-from mt3_runtime.errors import OptionError
 from mt3_runtime.specs import MT3_FRONTENDS, POSITION_BASES
 
 if TYPE_CHECKING:
@@ -53,6 +52,8 @@ def load_checkpoint_of(arguments: argparse.Namespace) -> Checkpoint:
 
     from mt3_export.checkpoint import load_checkpoint  # noqa: PLC0415
 
+    if arguments.name is not None:
+        check_name(arguments.name)
     checkpoint = load_checkpoint(
         arguments.checkpoint,
         model=arguments.model,
@@ -65,8 +66,6 @@ def load_checkpoint_of(arguments: argparse.Namespace) -> Checkpoint:
     )
     for warning in checkpoint.warnings:
         sys.stderr.write(f"note: {warning}\n")
-    if arguments.name == "":
-        raise OptionError("--name is empty: give a name, or leave it out")
     if arguments.name:
         return replace(checkpoint, model=replace(checkpoint.model, name=arguments.name))
     return checkpoint

@@ -28,4 +28,7 @@ def needing(extras: str, *packages: str) -> Iterator[None]:
         if not error.name or error.name.split(".")[0] in OURS:
             raise
         wanted = " ".join((f"'mt3-runtime[{extras}]'", *packages))
-        raise DependencyError(f"{error.name} cannot be imported: pip install {wanted}") from None
+        if isinstance(error, ModuleNotFoundError):
+            raise DependencyError(f"{error.name} cannot be imported: pip install {wanted}") from None
+        why, again = " ".join(str(error).split())[:200], f"pip install --force-reinstall {error.name.split('.')[0]}"
+        raise DependencyError(f"{error.name} cannot be imported ({why}): {again}") from error

@@ -23,6 +23,7 @@ FAMILY = ("mt3", *VARIANTS)
 NAMES = ("num_heads", "frontend", "mel_norm", "position_base", "max_length")
 # The target length of every published MT3; a file that does not say is taken to have it.
 MAX_LENGTH = 1024
+LONGEST_NAME = 200  # characters, of a model
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,12 @@ class Settings:
 
     values: Mapping[str, Setting]
     warnings: tuple[str, ...] = ()
+
+
+def check_name(name: str) -> None:
+    """Raise OptionError if a model cannot be called so."""
+    if not (name and name.isprintable() and len(name) <= LONGEST_NAME):
+        raise OptionError(f"the model would be called {name!r:.100}, which is no name: give another one by --name")
 
 
 def check_options(options: Mapping[str, Setting | None]) -> dict[str, Setting]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mt3_runtime.devices import KINDS, parse_device
-from mt3_runtime.errors import Mt3Error
+from mt3_runtime.errors import Mt3Error, OptionError
 from mt3_runtime.graphs import PRECISIONS
 from mt3_runtime.silence import silence_rule
 from mt3_runtime.version import __version__
@@ -273,6 +273,8 @@ def _transcribe(arguments: argparse.Namespace) -> int:
 def _stream(arguments: argparse.Namespace) -> int:
     from mt3_runtime.stream_command import stream_notes  # noqa: PLC0415
 
+    if sys.stdin is None:  # closed, as by `<&-`
+        raise OptionError("there is no standard input: pipe samples to it")
     stream_notes(arguments, sys.stdin.buffer, sys.stdout)
     return 0
 

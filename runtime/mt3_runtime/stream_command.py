@@ -127,6 +127,8 @@ class _Interrupt:
 
     def _wait(self, source: IO[bytes]) -> None:
         """Wait until something has come or a signal; a read that a signal broke off would lose what it had taken."""
+        if self.asked:
+            return
         try:
             try:
                 self._is_waiting = True

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from mt3_runtime.errors import Mt3Error, OptionError, OutputError
 from mt3_runtime.files import check_target
 from mt3_runtime.loading import load
-from mt3_runtime.picture import check_pillow
 
 if TYPE_CHECKING:
     import argparse
@@ -58,6 +57,8 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
     _check_suffixes(arguments)
     _check_clashes(jobs)
     if any(path.suffix.lower() == ".png" for job in jobs for path in job.outputs):
+        from mt3_runtime.picture import check_pillow  # noqa: PLC0415 -- takes time that `load` uses better
+
         check_pillow()
     if arguments.output_dir is not None:
         _make_folder(folder)
