@@ -7,9 +7,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
+from mt3_export.graph_reading import read_graph
 from mt3_export.histogram import Histogram
 from mt3_export.lab.dataset import find_sounds
 from mt3_export.qdq import LEVELS, factors
@@ -139,7 +139,7 @@ class Watch(OrtBackend):
         ort, options = import_onnxruntime(), session_options(bundle, self.threads)
         for name in list(self._sessions):
             entry = bundle.graph(name, LOWERING, "fp32")
-            model = ir.from_proto(onnx.load_from_string(bundle.read(entry.file)))
+            model = read_graph(bundle, entry)
             read = factors(model.graph)
             heard = {value.name or "": Histogram() for value in read.values()}
             self._histograms[name] = {product: heard[value.name or ""] for product, value in read.items()}

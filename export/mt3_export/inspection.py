@@ -6,14 +6,14 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import onnx
-import onnx_ir as ir
-
+from mt3_export.graph_reading import read_graph
 from mt3_runtime.bundle import open_bundle
 from mt3_runtime.specs import MT3_FRONTENDS
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import onnx_ir as ir
 
     from mt3_runtime.manifest import Manifest
     from mt3_runtime.specs import FeatureSpec, MemorySpec
@@ -80,11 +80,11 @@ def inspect_bundle(path: Path) -> Inspection:
     bundle = open_bundle(path)
     for name in bundle.manifest.files:
         bundle.verify(name)
-    operators = {entry.file: _operators(bundle.read(entry.file)) for entry in bundle.manifest.graphs}
+    operators = {entry.file: _operators(read_graph(bundle, entry)) for entry in bundle.manifest.graphs}
     return Inspection(bundle.manifest, bundle.sha256, operators)
 
 
-def _operators(data: bytes) -> dict[str, int]:
-    nodes = ir.from_proto(onnx.load_model_from_string(data)).graph.all_nodes()  # those of loops and branches too
+def _operators(model: ir.Model) -> dict[str, int]:
+    nodes = model.graph.all_nodes()  # those of loops and branches too
     names = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in nodes)
     return dict(names.most_common())

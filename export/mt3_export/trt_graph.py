@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnx import TensorProto, helper, shape_inference
 from onnx.numpy_helper import to_array
 
+from mt3_export.graph_reading import read_graph
 from mt3_export.kept_products import keep_products, kept_candidates, matrices_of
 from mt3_export.mixed_plan import check_products
 from mt3_export.trt_forms import own_casts, product_types, products_as_sums
@@ -91,7 +92,7 @@ def check_plan(bundle: Bundle, plans: Iterable[EnginePlan], mixed: MixedPlan) ->
     """
     for plan in plans:
         if mixed.of(plan.spec.name):
-            graph = ir.from_proto(onnx.load_from_string(bundle.read(plan.file.file))).graph
+            graph = read_graph(bundle, plan.file).graph
             check_products(mixed, plan.spec.name, kept_candidates(graph))
 
 

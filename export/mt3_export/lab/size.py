@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import onnx
 import onnx_ir as ir
+
+from mt3_export.graph_reading import read_graph
 
 if TYPE_CHECKING:
     from mt3_runtime.bundle import Bundle
@@ -24,7 +25,7 @@ def bytes_read(bundle: Bundle, lowering: str, precision: str) -> int | None:
     for entry in bundle.manifest.graphs:
         if (entry.lowering, entry.precision) == (lowering, precision):
             graphs.add(entry.file)
-            model = ir.from_proto(onnx.load_from_string(bundle.read(entry.file)))
+            model = read_graph(bundle, entry)
             for value in model.graph.initializers.values():
                 if isinstance(value.const_value, ir.ExternalTensor):
                     tensor = value.const_value
