@@ -67,9 +67,9 @@ def diff_files(arguments: argparse.Namespace) -> tuple[str, bool]:
     least = arguments.f1
     if least is not None and not 0 <= least <= 1:
         raise OptionError(f"--f1 is {least:g}: give a number from 0 to 1")
-    if arguments.picture is not None and arguments.picture.suffix.lower() != ".png":
-        raise OptionError(f"the picture {str(arguments.picture)!r:.200} is a PNG file: end its name with .png")
     if arguments.picture is not None:
+        if arguments.picture.suffix.lower() != ".png":
+            raise OptionError(f"the picture {str(arguments.picture)!r:.200} is a PNG file: end its name with .png")
         check_pillow()
     compared = compare_files(arguments.a, arguments.b, comparison)
     if arguments.picture is not None:
