@@ -27,13 +27,15 @@ from demo_model.families import BY_PROGRAM, FAMILIES  # noqa: E402
 from demo_model.feeder import Feeder  # noqa: E402
 from demo_model.initial import NEIGHBOURS, initial_weights  # noqa: E402
 from demo_model.listening import decode_greedily, transcribe_clips  # noqa: E402
+from demo_model.mistelling import mistell  # noqa: E402
 from demo_model.network import GUIDED_CROSS, GUIDED_SELF, Looks, Network  # noqa: E402
 from demo_model.optimiser import schedule  # noqa: E402
 from demo_model.registers import codes, divide, turn  # noqa: E402
 from demo_model.scores import KINDS  # noqa: E402
 from demo_model.settings import EVENTS, FEATURES, SHIFTS, SMALL, VOCABULARY  # noqa: E402
 from demo_model.sitting import Conditions, export, train  # noqa: E402
-from demo_model.state import load_progress  # noqa: E402
+from demo_model.state import Plan, load_progress  # noqa: E402
+from demo_model.training import Trainer, begin  # noqa: E402
 
 from mt3_export.checkpoint import load_checkpoint  # noqa: E402
 from mt3_export.lowering import Eager  # noqa: E402
@@ -248,7 +250,7 @@ def test_a_batch_is_padded_sorted_and_the_same_every_time():
 
 
 def test_workers_make_the_same_batches():
-    orders = [(0, number, 4, (("line", 1.0),)) for number in range(3)]
+    orders = [(0, number, 4, (("two", 1.0),), 0.5) for number in range(3)]
     taken = []
     for workers in (0, 1):
         with Feeder(workers) as feeder:
@@ -259,6 +261,70 @@ def test_workers_make_the_same_batches():
         for one, other in zip(here, there, strict=True):
             np.testing.assert_array_equal(one.features, other.features)
             np.testing.assert_array_equal(one.tokens, other.tokens)
+            np.testing.assert_array_equal(one.learned, other.learned)
+
+
+# Notes told for the wrong instrument
+
+
+def test_a_mistold_note_is_read_and_not_learned_and_stays_with_its_instrument():
+    notes = [note(0.5, 1.5, 60, 33), note(0.5, 1.0, 72, 0), note(1.0, 1.5, 60, 33), note(1.0, 3.0, 72, 33)]
+    first, second = targets.segment_events(notes[:2] + notes[3:], 4 * RATE)
+    told = mistell(first, 1.0, np.random.default_rng(0))
+    # 72 of 33 has nowhere to go: 0 has told a 72 itself.
+    assert write([told]) == [
+        (
+            "tie0 shift50 program0 velocity1 pitch60 pitch72 shift100 velocity0 pitch72 program33 velocity1 pitch72 "
+            "shift150 program0 velocity0 pitch60 <1>"
+        )
+    ]
+    tokens, learned = targets.write_lesson(told)
+    assert [place for place, known in enumerate(learned) if not known] == [2, 3, 4]
+    assert tokens == targets.write_tokens(told)
+    assert mistell(second, 1.0, np.random.default_rng(0)) == second  # no earlier instrument
+    (twice,) = targets.segment_events([notes[1], note(0.5, 0.9, 60, 33), notes[2]], 2 * RATE)
+    assert write([mistell(twice, 1.0, np.random.default_rng(0))]) == [
+        (
+            "tie0 shift50 program0 velocity1 pitch60 pitch72 shift90 velocity0 pitch60 shift100 pitch72 "
+            "program33 velocity1 pitch60 shift150 velocity0 pitch60 <1>"
+        )
+    ]
+
+
+def test_mistelling_keeps_every_pitch_and_time():
+    rng = np.random.default_rng(7)
+    moved = onsets = 0
+    for index in range(12):
+        clip = make_clip(KINDS["band"], (6.0, 10.0), (TRAINING, 14, index))
+        for segment in targets.segment_events(clip.notes, len(clip.audio)):
+            told = mistell(segment, 0.2, rng)
+            assert told.ties == segment.ties
+            for group, before in zip(told.groups, segment.groups, strict=True):
+                assert (group.steps, group.drums) == (before.steps, before.drums)
+                for new, old in ((group.onsets, before.onsets), (group.offsets, before.offsets)):
+                    assert sorted(pitch for _, pitch in new) == sorted(pitch for _, pitch in old)
+                    assert list(new) == sorted(set(new))
+                assert set(group.onsets) - set(before.onsets) == group.mistold
+                moved, onsets = moved + len(group.mistold), onsets + len(group.onsets)
+            _, learned = targets.write_lesson(told)
+            assert all(learned) == all(not group.mistold for group in told.groups)
+    assert 0.05 < moved / onsets < 0.2  # of those that have an earlier instrument, a fifth
+
+
+def test_what_is_mistold_does_not_train_its_own_repetition(small_runs):
+    maker = ExampleMaker()
+    (part,) = maker.batch(2, 0, 8, (("band", 1.0),), mistold=0.5)
+    assert 0 < (~part.learned & (part.tokens != 0)).sum() < part.learned.sum()
+    trainer = Trainer(begin(Plan(**small_runs), CPU))
+    losses_, _ = trainer._learn(part, 1.0)
+    batch, network = trainer.to_tensors(part), trainer.network()
+    inputs = torch.nn.functional.pad(batch["tokens"][:, :-1], (1, 0))
+    logits = network.speak(network.decode(network.encode(batch["features"]), inputs))
+    rows = [
+        losses.soft_cross_entropy(logits[row, place][None], batch["tokens"][row, place][None]).item()
+        for row, place in np.argwhere(part.learned)
+    ]
+    assert losses_["tokens"] == pytest.approx(np.mean(rows), rel=1e-4)
 
 
 # Network

@@ -9,9 +9,10 @@ import numpy as np
 
 from demo_model.clips import TRAINING, make_clip
 from demo_model.labels import FrameLabels, label_frames, reading_frames
+from demo_model.mistelling import mistell
 from demo_model.scores import KINDS
 from demo_model.settings import FEATURES, VOCABULARY
-from demo_model.targets import segment_events, write_tokens
+from demo_model.targets import segment_events, write_lesson
 from mt3_runtime.features import LogMel
 from mt3_runtime.segments import iter_segments
 from mt3_runtime.vocabulary import PAD_TOKEN
@@ -19,6 +20,7 @@ from mt3_runtime.vocabulary import PAD_TOKEN
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from numpy.random import Generator
     from numpy.typing import NDArray
 
     from demo_model.clips import Clip
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 SECONDS = (6.5, 10.2)  # of a training clip: four or five segments, the last one not full
 PART = 8  # segments that go through the network at once: little padding, and they fit the caches
 Mixture = tuple[tuple[str, float], ...]  # kinds of clips and how often they are taken
+Telling = tuple[float, "Generator"]  # share and draws of `mistell`
+_TELLING = 1  # ends the seed of what is mistold, which is then no clip's
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +39,7 @@ class Example:
     kind: str
     features: NDArray[np.float32]  # [frames, bins]
     tokens: NDArray[np.int16]  # [length], with the end token
+    learned: NDArray[np.bool_]  # [length], see `write_lesson`
     reading: NDArray[np.int16]  # [length], see `reading_frames`
     labels: FrameLabels
 
@@ -49,6 +54,7 @@ class Batch:
     kinds: tuple[str, ...]
     features: NDArray[np.float16]  # [segments, frames, bins]
     tokens: NDArray[np.int16]  # [segments, length]
+    learned: NDArray[np.bool_]  # [segments, length], False for padding too
     reading: NDArray[np.int16]  # [segments, length]
     spoken: NDArray[np.uint8]  # [segments, frames, SPOKEN_IDS]
     hidden: NDArray[np.uint8]  # [segments, frames, HIDDEN]
@@ -62,27 +68,31 @@ class ExampleMaker:
     def __init__(self) -> None:
         self._log_mel = LogMel(FEATURES)
 
-    def examples(self, clip: Clip, kind: str) -> list[Example]:
-        """Every segment of a clip."""
+    def examples(self, clip: Clip, kind: str, telling: Telling | None = None) -> list[Example]:
+        """Every segment of a clip, told as it was played if `telling` is None."""
         segments = list(iter_segments(clip.audio, FEATURES, VOCABULARY))
         features = self._log_mel(np.stack([s.samples for s in segments]), [s.frames for s in segments])
         examples = []
         for events, inputs in zip(segment_events(clip.notes, len(clip.audio)), features, strict=True):
-            tokens = write_tokens(events)
+            tokens, learned = write_lesson(mistell(events, *telling) if telling else events)
             ids, reading = np.array(tokens, np.int16), reading_frames(tokens)
-            examples.append(Example(kind, inputs, ids, reading, label_frames(events)))
+            examples.append(Example(kind, inputs, ids, np.array(learned), reading, label_frames(events)))
         return examples
 
-    def batch(self, seed: int, number: int, size: int, mixture: Mixture) -> list[Batch]:
-        """Batch `number` of a training run: `size` segments of whole clips, in parts of like length."""
+    def batch(self, seed: int, number: int, size: int, mixture: Mixture, mistold: float = 0.0) -> list[Batch]:
+        """Batch `number` of a training run: `size` segments of whole clips, in parts of like length.
+
+        `mistold`: share of the onsets told for the wrong instrument, see `mistell`.
+        """
         names, weights = zip(*mixture, strict=True)
         draw = np.random.default_rng((TRAINING, seed, number))
         examples: list[Example] = []
         index = 0
         while len(examples) < size:
             name = str(draw.choice(names, p=np.array(weights) / sum(weights)))
-            clip = make_clip(KINDS[name], SECONDS, (TRAINING, seed, number, index))
-            examples += self.examples(clip, name)
+            numbers = (TRAINING, seed, number, index)
+            telling = (mistold, np.random.default_rng((*numbers, _TELLING))) if mistold else None
+            examples += self.examples(make_clip(KINDS[name], SECONDS, numbers), name, telling)
             index += 1
         ordered = sorted(examples[:size], key=lambda example: len(example.tokens))
         return [collate(ordered[first : first + PART]) for first in range(0, size, PART)]
@@ -92,9 +102,11 @@ def collate(examples: Sequence[Example]) -> Batch:
     """One batch of examples."""
     longest = max(len(example.tokens) for example in examples)
     tokens = np.full((len(examples), longest), PAD_TOKEN, np.int16)
+    learned = np.zeros((len(examples), longest), np.bool_)
     reading = np.zeros((len(examples), longest), np.int16)
     for row, example in enumerate(examples):
         tokens[row, : len(example.tokens)] = example.tokens
+        learned[row, : len(example.learned)] = example.learned
         reading[row, : len(example.reading)] = example.reading
     labels = [example.labels for example in examples]
     cases = [np.insert(label.voices, 0, row, axis=1) for row, label in enumerate(labels)]
@@ -102,6 +114,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         kinds=tuple(example.kind for example in examples),
         features=np.stack([example.features for example in examples]).astype(np.float16),
         tokens=tokens,
+        learned=learned,
         reading=reading,
         spoken=np.stack([label.spoken for label in labels]),
         hidden=np.stack([label.hidden for label in labels]),
@@ -112,5 +125,5 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 def arrays(batch: Batch) -> Mapping[str, NDArray[np.generic]]:
     """The arrays of a batch by name."""
-    names = ("features", "tokens", "reading", "spoken", "hidden", "following", "voices")
+    names = ("features", "tokens", "learned", "reading", "spoken", "hidden", "following", "voices")
     return {name: getattr(batch, name) for name in names}

@@ -20,9 +20,9 @@ def _maker() -> ExampleMaker:
     return ExampleMaker()
 
 
-def make_batch(seed: int, number: int, size: int, mixture: Mixture) -> list[Batch]:
+def make_batch(seed: int, number: int, size: int, mixture: Mixture, mistold: float = 0.0) -> list[Batch]:
     """As `ExampleMaker.batch`, with one maker for each process."""
-    return _maker().batch(seed, number, size, mixture)
+    return _maker().batch(seed, number, size, mixture, mistold)
 
 
 class Feeder:
@@ -32,7 +32,7 @@ class Feeder:
     """
 
     def __init__(self, workers: int) -> None:
-        self._waiting: deque[Future[list[Batch]] | tuple[int, int, int, Mixture]] = deque()
+        self._waiting: deque[Future[list[Batch]] | tuple[int, int, int, Mixture, float]] = deque()
         self._pool: ProcessPoolExecutor | None = None
         if workers:
             # Inherited: a worker that computes on all cores would stand in the way of training.
@@ -47,9 +47,9 @@ class Feeder:
         if self._pool:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def ask(self, seed: int, number: int, size: int, mixture: Mixture) -> None:
+    def ask(self, seed: int, number: int, size: int, mixture: Mixture, mistold: float = 0.0) -> None:
         """Begin one more batch."""
-        order = (seed, number, size, mixture)
+        order = (seed, number, size, mixture, mistold)
         self._waiting.append(self._pool.submit(make_batch, *order) if self._pool else order)
 
     def take(self) -> list[Batch]:

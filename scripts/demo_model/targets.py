@@ -34,12 +34,13 @@ Voice = tuple[int, int]  # program, pitch
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What happens at one time of a segment: `steps` from its start."""
+    """What happens at one time of a segment: `steps` from its start. `mistold`: onsets that are not true."""
 
     steps: int
     offsets: tuple[Voice, ...]
     onsets: tuple[Voice, ...]
     drums: tuple[int, ...]
+    mistold: frozenset[Voice] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,13 @@ def _close(segment: _Open) -> SegmentEvents:
 
 def write_tokens(segment: SegmentEvents) -> list[int]:
     """Token ids of a segment, with the end token, without the start token."""
+    return write_lesson(segment)[0]
+
+
+def write_lesson(segment: SegmentEvents) -> tuple[list[int], list[bool]]:
+    """As `write_tokens`, and whether each token is to be learned: those that tell what is mistold are only read."""
     tokens: list[int] = []
+    mistold: set[int] = set()
     program: int | None = None
     for voice in segment.ties:
         program = _write_voice(tokens, voice, program)
@@ -124,15 +131,19 @@ def write_tokens(segment: SegmentEvents) -> list[int]:
             tokens.append(EVENTS.encode(Event("shift", group.steps)))
         for state, voices in ((NOTE_OFF, group.offsets), (NOTE_ON, group.onsets)):
             for voice in voices:
+                first = len(tokens)
                 if voice[0] != program:
                     program = voice[0]
                     tokens.append(EVENTS.encode(Event("program", program)))
                 velocity = _write_velocity(tokens, state, velocity)
                 tokens.append(EVENTS.encode(Event("pitch", voice[1])))
+                if state == NOTE_ON and voice in group.mistold:
+                    mistold.update(range(first, len(tokens)))
         for key in group.drums:
             velocity = _write_velocity(tokens, NOTE_ON, velocity)
             tokens.append(EVENTS.encode(Event("drum", key)))
-    return [*tokens, END_TOKEN]
+    tokens.append(END_TOKEN)
+    return tokens, [place not in mistold for place in range(len(tokens))]
 
 
 def _write_voice(tokens: list[int], voice: Voice, program: int | None) -> int:

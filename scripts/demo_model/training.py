@@ -27,7 +27,6 @@ from demo_model.optimiser import Optimiser, schedule
 from demo_model.scores import KINDS
 from demo_model.settings import SIZES
 from demo_model.state import Plan, Progress
-from mt3_runtime.vocabulary import PAD_TOKEN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -99,7 +98,7 @@ class Trainer:
 
     def _ask(self, feeder: Feeder, number: int, stage: int) -> None:
         plan = self.progress.plan
-        feeder.ask(plan.seed, number, plan.batch, STAGES[stage].mixture)
+        feeder.ask(plan.seed, number, plan.batch, STAGES[stage].mixture, STAGES[stage].mistold)
 
     def step(self, parts: list[Batch]) -> Record:
         """One step over all parts of a batch."""
@@ -127,10 +126,10 @@ class Trainer:
         looks = Looks()
         states = network.encode(batch["features"], looks)
         inputs = F.pad(batch["tokens"][:, :-1], (1, 0), value=self.model.start_token)
-        real = batch["tokens"] != PAD_TOKEN
-        logits = network.speak(network.decode(states, inputs, looks)[real]).float()  # [real tokens, vocab]
+        learned = batch["learned"]
+        logits = network.speak(network.decode(states, inputs, looks)[learned]).float()  # [learned tokens, vocab]
         terms = {
-            "tokens": (1.0, soft_cross_entropy(logits, batch["tokens"][real])),
+            "tokens": (1.0, soft_cross_entropy(logits, batch["tokens"][learned])),
             **{
                 name: (getattr(self.shares, name), loss)
                 for name, loss in frame_losses(network, self.progress.extra, states, looks.flags, batch).items()
@@ -139,9 +138,9 @@ class Trainer:
         }
         total = sum((weight * loss for weight, loss in terms.values()), torch.zeros((), device=self.device))
         (share * total).backward()
-        right = torch.zeros_like(real)
-        right[real] = tokens_right(logits.detach(), batch["tokens"][real])
-        accuracies = (right.sum(1) / real.sum(1)).tolist()
+        right = torch.zeros_like(learned)
+        right[learned] = tokens_right(logits.detach(), batch["tokens"][learned])
+        accuracies = (right.sum(1) / learned.sum(1)).tolist()
         return {name: float(loss.detach()) for name, (_, loss) in terms.items()}, accuracies
 
     def network(self) -> Network:
@@ -154,7 +153,7 @@ class Trainer:
         return {
             name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor
             for name, tensor in tensors.items()
-            if name in {"features", "spoken", "hidden"}
+            if name in {"features", "learned", "spoken", "hidden"}
         } | {name: tensors[name].long() for name in ("tokens", "reading", "following", "voices")}
 
     def progress_now(self) -> Progress:
