@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mt3_runtime.backends.scripted import Stepped
-from mt3_runtime.errors import AudioError, OptionError
+from mt3_runtime.errors import AudioError, OptionError, SampleError
 from mt3_runtime.loading import load
 from mt3_runtime.notes import sort_notes
 from scripted_audio import RATE, SEGMENT, chords, levels, listener
@@ -125,6 +125,24 @@ def test_an_error_of_a_block_comes_after_the_segments_before_it(tiny_bundle):
         found.extend(segment.index for segment in stream)
     assert found == [0, 1, 2]  # the last one ends what sounds
     assert busy.transcribe(levels(tiny_bundle, [3]), RATE).notes
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"), [(np.nan, "NaN or infinite"), (-np.inf, "NaN or infinite"), (2e12, r"reaches 1e\+12")]
+)
+@pytest.mark.parametrize("first", [170_000, 300_001])
+def test_the_samples_before_one_that_is_no_sound_count(musical_folder, bad, reason, first):
+    """Whatever block it is in, and wherever a long one is taken in parts."""
+    stereo = np.stack([chords(9.5, seed=2, rate=44_100)] * 2, axis=1).astype(np.float32)
+    busy = load(musical_folder, slots=3, threads=1)
+    whole = near(busy.transcribe(stereo[:first], 44_100).notes)
+    assert len(whole) > 3
+    stereo[first, 1], stereo[first + 1] = bad, np.nan
+    for blocks in ([stereo], [stereo[:99_999], stereo[99_999:].tolist()], blocks_of(stereo, seed=first)):
+        found = []
+        with pytest.raises(SampleError, match=reason):
+            found.extend(note for segment in busy.stream(blocks, 44_100) for note in segment.notes)
+        assert near(sort_notes(found)) == whole
 
 
 def test_an_error_of_the_source_is_the_callers_own(tiny_bundle):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         OptionError,
         OutOfMemoryError,
         OutputError,
+        SampleError,
     )
     from mt3_runtime.loading import load
     from mt3_runtime.notes import Note
@@ -42,6 +43,7 @@ __all__ = [
     "OutOfMemoryError",
     "OutputError",
     "Provenance",
+    "SampleError",
     "SegmentNotes",
     "Transcriber",
     "Transcription",

@@ -15,7 +15,7 @@ import soundfile
 import soxr
 
 from mt3_runtime.containers import CONVERT, SoundBytes, check_end, check_promise, identify
-from mt3_runtime.errors import AudioError, OptionError
+from mt3_runtime.errors import AudioError, OptionError, SampleError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -326,14 +326,16 @@ class MonoStream:
         """The mean of the channels of a block [samples, channels] -> [samples]; nothing is taken in yet.
 
         Raises:
-            AudioError: a sample is not finite, or beyond all loudness.
+            SampleError: a sample is not finite, or beyond all loudness.
         """
         mono = _average(block)
-        if not np.isfinite(mono).all():
-            raise AudioError(f"{self._name} holds NaN or infinite samples: export it again")
-        peak = max(mono.max(initial=0), -mono.min(initial=0))
-        if peak > _LOUDEST:  # found here, it is the fault of this audio alone, and nothing before it is lost
-            raise AudioError(f"{self._name} reaches {peak:.0e}, which is no sound: scale it to -1..1")
+        peak = max(mono.max(initial=0), -mono.min(initial=0))  # NaN if one of them is
+        if not peak <= _LOUDEST:  # found here, it is the fault of this audio alone, and nothing before it is lost
+            first = int(np.argmin(np.abs(mono) <= _LOUDEST))
+            level = abs(mono[first])
+            if not np.isfinite(level):
+                raise SampleError(f"{self._name} holds NaN or infinite samples: export it again", first)
+            raise SampleError(f"{self._name} reaches {level:.0e}, which is no sound: scale it to -1..1", first)
         return mono
 
     def take(self, mono: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -2,6 +2,7 @@
 
 Mt3Error
 ├── AudioError        (ValueError)    audio that cannot be read, or is out of bounds
+│   └── SampleError                   a sample that is no sound, in a block of others
 ├── BundleError       (ValueError)    a bundle that is broken, tampered with or of another version
 ├── DeviceError       (RuntimeError)  a device or provider that cannot be used
 │   ├── OutOfMemoryError              its memory does not suffice
@@ -21,6 +22,14 @@ class Mt3Error(Exception):
 
 class AudioError(Mt3Error, ValueError):
     """Audio that cannot be read, or is outside the documented bounds."""
+
+
+class SampleError(AudioError):
+    """A sample that is no sound: NaN, infinite or beyond all loudness. `usable`: samples of its block before it."""
+
+    def __init__(self, message: str, usable: int) -> None:
+        super().__init__(message)
+        self.usable = usable
 
 
 class BundleError(Mt3Error, ValueError):

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from mt3_runtime.audio import MonoStream, as_blocks, check_bounds, check_rate, to_float
 from mt3_runtime.decoding import RowDecoder
-from mt3_runtime.errors import AudioError, OptionError
+from mt3_runtime.errors import AudioError, OptionError, SampleError
 from mt3_runtime.piece import Piece
 from mt3_runtime.segments import SegmentCutter
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
 
-    from numpy.typing import ArrayLike
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
 
     from mt3_runtime.arrays import FloatArray
     from mt3_runtime.decoding import Row
@@ -41,6 +42,16 @@ class _Stream(Generic[Key]):
         """Take samples [samples] at the model's rate."""
         self.piece.samples += len(samples)
         self.piece.add(self.cutter.cut(samples))
+
+
+def _mixed(mono: MonoStream, array: NDArray[np.generic]) -> list[FloatArray]:
+    blocks: list[FloatArray] = []
+    try:
+        blocks.extend(map(mono.mix, to_float(array)))
+    except SampleError as error:
+        error.usable += sum(map(len, blocks))
+        raise
+    return blocks
 
 
 class LiveStreams(Generic[Key]):
@@ -102,6 +113,7 @@ class LiveStreams(Generic[Key]):
 
         Raises:
             AudioError: the block cannot be used; the stream is then as it was before.
+            SampleError: as before, and its first `usable` samples can be fed.
             OptionError: no stream of that name is open.
         """
         stream = self._stream(key, taking=True)
@@ -112,7 +124,7 @@ class LiveStreams(Generic[Key]):
         check_bounds(stream.name, channels, stream.rate, 0)
         if stream.channels not in (None, channels):
             raise AudioError(f"{stream.name} has {channels} channels after {stream.channels}: keep their number")
-        blocks = [stream.mono.mix(block) for block in to_float(array)]  # all of it can be used, or none is taken
+        blocks = _mixed(stream.mono, array)  # all of it can be used, or none is taken
         stream.channels = channels
         for block in blocks:
             stream.cut(stream.mono.take(block))

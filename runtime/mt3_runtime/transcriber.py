@@ -6,8 +6,10 @@ import threading
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mt3_runtime.decoding import decode_rows
-from mt3_runtime.errors import AudioError, OptionError
+from mt3_runtime.errors import AudioError, OptionError, SampleError
 from mt3_runtime.families import NoteState, check_options, decoding_rules, midi_style, new_note_state
 from mt3_runtime.features import feature_extractor
 from mt3_runtime.live import LiveStreams
@@ -148,8 +150,8 @@ class Transcriber:
             sample_rate: of the blocks in Hz.
 
         Raises:
-            AudioError: a block cannot be used, after everything before it was given, as if it had been the end; or the
-                audio is out of bounds.
+            AudioError: a block cannot be used, or a sample in it, after everything before it was given, as if it had
+                been the end; or the audio is out of bounds.
         """
         with self.live() as live:
             live.open(None, sample_rate)
@@ -159,6 +161,8 @@ class Transcriber:
                     live.feed(None, block)
                 except AudioError as found:
                     error = found
+                    if isinstance(found, SampleError):
+                        live.feed(None, np.asarray(block)[: found.usable])
                     break
                 yield from (segment for _, segment in live.drain())
             try:
