@@ -236,9 +236,13 @@ def test_tokens_are_read_at_the_frame_of_the_last_shift():
     assert labels.reading_frames([*tokens, SHIFTS[204], 1]).tolist() == [0, 0, 10, 10, 255]
 
 
+def stage_of(*mixture, mistold=0.0):
+    return replace(STAGES[0], mixture=mixture, mistold=mistold)
+
+
 def test_a_batch_is_padded_sorted_and_the_same_every_time():
     maker = ExampleMaker()
-    first, second = (maker.batch(3, 7, 12, (("two", 1.0), ("line", 0.5))) for _ in range(2))
+    first, second = (maker.batch(3, 7, 12, stage_of(("two", 1.0), ("line", 0.5))) for _ in range(2))
     lengths = [(part.tokens != 0).sum(1) for part in first]
     assert list(map(len, lengths)) == [8, 4]
     assert (np.diff(np.concatenate(lengths)) >= 0).all()
@@ -250,7 +254,7 @@ def test_a_batch_is_padded_sorted_and_the_same_every_time():
 
 
 def test_workers_make_the_same_batches():
-    orders = [(0, number, 4, (("two", 1.0),), 0.5) for number in range(3)]
+    orders = [(0, number, 4, stage_of(("two", 1.0), mistold=0.5)) for number in range(3)]
     taken = []
     for workers in (0, 1):
         with Feeder(workers) as feeder:
@@ -313,7 +317,7 @@ def test_mistelling_keeps_every_pitch_and_time():
 
 def test_what_is_mistold_does_not_train_its_own_repetition(small_runs):
     maker = ExampleMaker()
-    (part,) = maker.batch(2, 0, 8, (("band", 1.0),), mistold=0.5)
+    (part,) = maker.batch(2, 0, 8, stage_of(("band", 1.0), mistold=0.5))
     assert 0 < (~part.learned & (part.tokens != 0)).sum() < part.learned.sum()
     trainer = Trainer(begin(Plan(**small_runs), CPU))
     losses_, _ = trainer._learn(part, 1.0)

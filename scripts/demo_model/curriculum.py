@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from demo_model.examples import Mixture
+
+Mixture = tuple[tuple[str, float], ...]  # kinds of clips and how often they are taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +53,6 @@ class Curriculum:
 
     stage: int = 0
     accuracy: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def mixture(self) -> Mixture:
-        """What to train on now."""
-        return STAGES[self.stage].mixture
 
     def update(self, accuracy: Mapping[str, float], progress: float) -> bool:
         """Take in the accuracy of one batch by kind; True when a new stage begins. `progress`: share of all steps."""

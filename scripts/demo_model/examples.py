@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from demo_model.clips import Clip
+    from demo_model.curriculum import Stage
 
 SECONDS = (6.5, 10.2)  # of a training clip: four or five segments, the last one not full
 PART = 8  # segments that go through the network at once: little padding, and they fit the caches
-Mixture = tuple[tuple[str, float], ...]  # kinds of clips and how often they are taken
 Telling = tuple[float, "Generator"]  # share and draws of `mistell`
 _TELLING = 1  # ends the seed of what is mistold, which is then no clip's
 
@@ -79,19 +79,16 @@ class ExampleMaker:
             examples.append(Example(kind, inputs, ids, np.array(learned), reading, label_frames(events)))
         return examples
 
-    def batch(self, seed: int, number: int, size: int, mixture: Mixture, mistold: float = 0.0) -> list[Batch]:
-        """Batch `number` of a training run: `size` segments of whole clips, in parts of like length.
-
-        `mistold`: share of the onsets told for the wrong instrument, see `mistell`.
-        """
-        names, weights = zip(*mixture, strict=True)
+    def batch(self, seed: int, number: int, size: int, stage: Stage) -> list[Batch]:
+        """Batch `number` of a training run: `size` segments of whole clips, in parts of like length."""
+        names, weights = zip(*stage.mixture, strict=True)
         draw = np.random.default_rng((TRAINING, seed, number))
         examples: list[Example] = []
         index = 0
         while len(examples) < size:
             name = str(draw.choice(names, p=np.array(weights) / sum(weights)))
             numbers = (TRAINING, seed, number, index)
-            telling = (mistold, np.random.default_rng((*numbers, _TELLING))) if mistold else None
+            telling = (stage.mistold, np.random.default_rng((*numbers, _TELLING))) if stage.mistold else None
             examples += self.examples(make_clip(KINDS[name], SECONDS, numbers), name, telling)
             index += 1
         ordered = sorted(examples[:size], key=lambda example: len(example.tokens))

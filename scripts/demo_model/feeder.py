@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Self
 from demo_model.examples import ExampleMaker
 
 if TYPE_CHECKING:
-    from demo_model.examples import Batch, Mixture
+    from demo_model.curriculum import Stage
+    from demo_model.examples import Batch
 
 
 @cache
@@ -20,9 +21,9 @@ def _maker() -> ExampleMaker:
     return ExampleMaker()
 
 
-def make_batch(seed: int, number: int, size: int, mixture: Mixture, mistold: float = 0.0) -> list[Batch]:
+def make_batch(seed: int, number: int, size: int, stage: Stage) -> list[Batch]:
     """As `ExampleMaker.batch`, with one maker for each process."""
-    return _maker().batch(seed, number, size, mixture, mistold)
+    return _maker().batch(seed, number, size, stage)
 
 
 class Feeder:
@@ -32,7 +33,7 @@ class Feeder:
     """
 
     def __init__(self, workers: int) -> None:
-        self._waiting: deque[Future[list[Batch]] | tuple[int, int, int, Mixture, float]] = deque()
+        self._waiting: deque[Future[list[Batch]] | tuple[int, int, int, Stage]] = deque()
         self._pool: ProcessPoolExecutor | None = None
         if workers:
             # Inherited: a worker that computes on all cores would stand in the way of training.
@@ -47,9 +48,9 @@ class Feeder:
         if self._pool:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def ask(self, seed: int, number: int, size: int, mixture: Mixture, mistold: float = 0.0) -> None:
+    def ask(self, seed: int, number: int, size: int, stage: Stage) -> None:
         """Begin one more batch."""
-        order = (seed, number, size, mixture, mistold)
+        order = (seed, number, size, stage)
         self._waiting.append(self._pool.submit(make_batch, *order) if self._pool else order)
 
     def take(self) -> list[Batch]:

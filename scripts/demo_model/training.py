@@ -98,7 +98,7 @@ class Trainer:
 
     def _ask(self, feeder: Feeder, number: int, stage: int) -> None:
         plan = self.progress.plan
-        feeder.ask(plan.seed, number, plan.batch, STAGES[stage].mixture, STAGES[stage].mistold)
+        feeder.ask(plan.seed, number, plan.batch, STAGES[stage])
 
     def step(self, parts: list[Batch]) -> Record:
         """One step over all parts of a batch."""
