@@ -232,7 +232,7 @@ def test_a_missing_max_length_is_assumed_and_said(tmp_path):
     ("name", "value", "words"),
     [
         ("architecture", "yourmt3", "architecture 'yourmt3'"),
-        ("num_heads", "two", "num_heads 'two' in its metadata: write a positive whole number"),
+        ("num_heads", "two", "num_heads 'two' in its metadata: write a whole number from 1 to 999999"),
         ("num_heads", "3", "which 3 heads do not divide"),
         ("num_heads", "4", "d_kv '4' in its metadata, its shapes and 4 heads say 2"),
         ("d_kv", "5", "d_kv '5' in its metadata, its shapes and 2 heads say 4"),

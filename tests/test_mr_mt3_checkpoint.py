@@ -178,14 +178,18 @@ def test_a_memory_is_no_longer_than_its_tokens(tmp_path):
 
 @pytest.mark.parametrize("length", [-1, 1.0, True, "8", 10**6])
 def test_a_length_is_a_whole_number(tmp_path, length):
-    with pytest.raises(OptionError, match=r"--memory-length cannot be .*: use a whole number of vectors, 0 for"):
+    with pytest.raises(
+        OptionError, match=r"--memory-length cannot be .*: use a whole number of vectors up to 999999, 0 for"
+    ):
         read(tmp_path, lightning_file(), memory_length=length)
 
 
 @pytest.mark.parametrize("text", ["-1", "1.0", "true", "00", "1000000", ""])
 def test_a_length_in_metadata_is_a_whole_number(tmp_path, text):
     message = refused(tmp_path, packed(METADATA | {"memory_length": text}, wanted()))
-    assert message.endswith(f"memory_length {text!r} in its metadata: write a whole number of vectors, 0 for no memory")
+    assert message.endswith(
+        f"memory_length {text!r} in its metadata: write a whole number of vectors up to 999999, 0 for no memory"
+    )
 
 
 @pytest.mark.parametrize("model", ["mt3", "yptf-multi"])

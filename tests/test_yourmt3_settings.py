@@ -303,8 +303,8 @@ def test_safetensors_carry_their_settings(tmp_path):
     ("metadata", "words"),
     [
         ({"architecture": "mt3"}, "architecture 'mt3': use one of architecture 'yourmt3'"),
-        ({"num_heads": "two"}, "num_heads 'two' in its metadata: write a positive whole number"),
-        ({"max_length": "-1"}, "max_length '-1' in its metadata: write a positive whole number"),
+        ({"num_heads": "two"}, "num_heads 'two' in its metadata: write a whole number from 1 to 999999"),
+        ({"max_length": "-1"}, "max_length '-1' in its metadata: write a whole number from 1 to 999999"),
         ({"hyper_parameters": "{"}, "hyper_parameters in its metadata that are no JSON object"),
         ({"hyper_parameters": "[1]"}, "hyper_parameters in its metadata that are no JSON object"),
         ({"hyper_parameters": "[" * 100_000}, "hyper_parameters in its metadata that are no JSON object"),

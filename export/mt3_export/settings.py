@@ -178,8 +178,8 @@ def _allowed(name: str) -> str:
     if name == "frontend":
         return f"one of {', '.join(MT3_FRONTENDS)}"
     if name == "memory_length":
-        return "a whole number of vectors, 0 for no memory"
-    return "true or false" if name == "mel_norm" else "a positive whole number"
+        return "a whole number of vectors up to 999999, 0 for no memory"
+    return "true or false" if name == "mel_norm" else "a whole number from 1 to 999999"
 
 
 def _option(name: str) -> str:
