@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pretty_midi
@@ -62,8 +63,52 @@ def test_transcribe_writes_what_is_asked_for(capsys, tmp_path):
     assert outputs["--picture"].read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("program", "arguments", "told"),
+    [
+        (cli, "transcribe x.wav --bundel y", "error: unrecognized arguments: --bundel y: did you mean --bundle?"),
+        (cli, "transcribe --device cudaa x.wav", "transcribe: error: argument --device: device 'cudaa' does not exist"),
+        (cli, "engines list --zzz", "engines list: error: unrecognized arguments: --zzz"),
+        (cli, "transcirbe", "error: argument COMMAND: invalid choice: 'transcirbe'"),
+        (cli, "", "error: the following arguments are required: COMMAND"),
+        (export_cli, "quantize x --output y --precison=int8", "did you mean --precision?"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_with_the_command_that_explains(capsys, program, arguments, told):
+    with pytest.raises(SystemExit) as ended:
+        program.main(arguments.split())
+    shown = capsys.readouterr()
+    assert (ended.value.code, shown.out) == (2, "")
+    (line,) = shown.err.splitlines()
+    name, _, rest = line.partition(": error: ")
+    assert told in line
+    assert rest.endswith(f" (see {name} --help)")
+
+
 def test_quiet_says_nothing(capsys, tone, tmp_path):
-    assert run(capsys, "transcribe", tone, "-o", tmp_path / "a.mid", "--quiet") == (0, "", [])
+    options = ("--bundle", demo_bundle_path(), "--quiet")
+    assert run(capsys, "transcribe", tone, "-o", tmp_path / "a.mid", *options) == (0, "", [])
+    code, out, lines = run(capsys, "transcribe", tone, "-o", tmp_path / "b.mid", "--quiet")
+    assert (code, out) == (0, "")
+    assert lines == ["note: no --bundle was given: demo model trained on synthesised notes: not for real music"]
+
+
+def test_what_stands_under_a_name_that_was_not_given_is_kept(capsys, tone, tmp_path, monkeypatch):
+    """Above all the reference beside a recording."""
+    monkeypatch.chdir(tmp_path)
+    other, reference = Path("other.wav"), tmp_path / "tone.mid"
+    shutil.copy(tone, other)
+    reference.write_bytes(b"played")
+    refused = ["mt3-run: error: tone.mid exists already: give --overwrite to replace it, or another --output-dir"]
+    assert run(capsys, "transcribe", other, "tone.wav") == (2, "", refused)
+    assert reference.read_bytes() == b"played"
+    assert not other.with_suffix(".mid").exists()
+    assert run(capsys, "transcribe", other, "tone.wav", "--overwrite")[0] == 0
+    assert reference.read_bytes().startswith(b"MThd")
+    *_, line = run(capsys, "transcribe", other, "tone.wav", "--formats", "json,mid")[2]
+    assert "other.mid and 1 more exist already: give --overwrite to replace them" in line
+    assert not other.with_suffix(".json").exists()
+    assert run(capsys, "transcribe", other, "-o", "other.mid")[0] == 0  # this name was given
 
 
 def test_many_files_survive_a_bad_one(capsys, tone, tmp_path):
@@ -288,7 +333,7 @@ def test_options_of_yourmt3_are_refused_for_another_model(capsys, tone, tmp_path
 
 
 def test_options_of_yourmt3_that_are_off_are_for_everyone(capsys, tone, tmp_path):
-    options = ("--strict-upstream", "off", "--programs", "merged")
+    options = ("--strict-upstream", "off", "--programs", "merged", "--bundle", demo_bundle_path())
     assert run(capsys, "transcribe", tone, "-o", tmp_path / "x.mid", "--quiet", *options) == (0, "", [])
 
 

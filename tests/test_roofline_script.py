@@ -115,7 +115,8 @@ def script(monkeypatch, capsys):
         (("--position", "999999"), "give one of these"),
         (("--rounds", "0"), "give a larger one"),
         (("--threads", "0"), "give a larger one"),
-        (("--precision", "fp64"), "export that form"),
+        (("--precision", "int8"), "make it with mt3-export quantize --precision int8"),
+        (("--precision", "bf16"), "make it with mt3-export bundle --precision fp32,bf16"),
         (("--bundle", "nowhere"), "name a folder made by mt3-export bundle"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from contextlib import contextmanager
@@ -17,9 +16,11 @@ from mt3_export.published import PUBLISHED
 from mt3_export.yourmt3_models import MODELS as YOURMT3
 from mt3_runtime.cli import positive, report_errors
 from mt3_runtime.errors import CheckpointError, OptionError
+from mt3_runtime.parser import Parser
 from mt3_runtime.version import __version__
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Iterator, Sequence
 
     from mt3_export.checkpoint import Checkpoint
@@ -44,7 +45,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and options."""
-    parser = argparse.ArgumentParser(prog="mt3-export", description="Turn checkpoints of the MT3 family into bundles.")
+    parser: argparse.ArgumentParser = Parser(
+        prog="mt3-export", description="Turn checkpoints of the MT3 family into bundles."
+    )
     parser.add_argument("--version", action="version", version=f"mt3-runtime {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_bundle(commands)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mt3_runtime.errors import BundleError
+from mt3_runtime.graphs import QUANTIZED
 from mt3_runtime.manifest import MANIFEST_LIMIT, MANIFEST_NAME, read_manifest
 
 if TYPE_CHECKING:
@@ -39,8 +40,12 @@ class Bundle:
             if (entry.graph, entry.lowering, entry.precision) == (name, lowering, precision):
                 return entry
         held = sorted({f"{entry.lowering}/{entry.precision}" for entry in self.manifest.graphs})
+        command = (
+            f"quantize --precision {precision}" if precision in QUANTIZED else f"bundle --precision fp32,{precision}"
+        )
         raise BundleError(
-            f"{self.path} holds no {name} graph as {lowering}/{precision}, only {', '.join(held)}: export that form"
+            f"{self.path} holds no {name} graph as {lowering}/{precision}, only {', '.join(held)}: "
+            f"make it with mt3-export {command}"
         )
 
     def read(self, file: str) -> bytes:

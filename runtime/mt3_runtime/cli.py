@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from mt3_runtime.devices import KINDS, parse_device
 from mt3_runtime.errors import Mt3Error, OptionError
 from mt3_runtime.graphs import PRECISIONS
+from mt3_runtime.parser import FAILED, Parser
 from mt3_runtime.silence import silence_rule
 from mt3_runtime.version import __version__
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001 -- argparse names it no other way
 
-DIFFERENT, FAILED, INTERRUPTED = 1, 2, 130
+DIFFERENT, INTERRUPTED = 1, 130
 UNREAD = 141  # what a shell says of a program that SIGPIPE ended
 
 
@@ -55,7 +56,9 @@ def report_errors(program: str, command: Callable[[], int]) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and options."""
-    parser = argparse.ArgumentParser(prog="mt3-run", description="Transcribe audio to MIDI with MT3-family models.")
+    parser: argparse.ArgumentParser = Parser(
+        prog="mt3-run", description="Transcribe audio to MIDI with MT3-family models."
+    )
     parser.add_argument("--version", action="version", version=f"mt3-runtime {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_transcribe(commands)
@@ -161,6 +164,7 @@ def _add_transcribe(commands: Commands) -> None:
     parser.add_argument(
         "--formats", default="mid", metavar="LIST", help="with --output-dir: some of mid,json,png (default: mid)"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace files whose names were made from IN's")
     _add_note_options(parser)
     _add_slots(parser)
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")

@@ -16,7 +16,7 @@ from mt3_runtime.loading import load
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from mt3_runtime.transcriber import Transcriber
     from mt3_runtime.transcription import Transcription
@@ -38,7 +38,7 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
 
     Raises:
         OptionError: options contradict each other, or two results would have one name.
-        OutputError: an output cannot be written.
+        OutputError: an output cannot be written, or exists under a name that was not given.
         DependencyError: a picture is asked for and Pillow is not installed.
     """
     named = [path for path in (arguments.output, arguments.json, arguments.picture) if path is not None]
@@ -64,6 +64,8 @@ def plan_jobs(arguments: argparse.Namespace) -> list[Job]:
         _make_folder(folder)
     for path in (path for job in jobs for path in job.outputs):
         check_writable(path)
+    if not arguments.overwrite:
+        _check_new(path for job in jobs for path in job.outputs if path not in named)
     return jobs
 
 
@@ -71,6 +73,8 @@ def transcribe_jobs(jobs: Sequence[Job], arguments: argparse.Namespace) -> int:
     """Transcribe every job; returns how many failed. A failed one is reported and keeps nobody else from being done."""
     transcriber = load_asked(arguments, slots=arguments.slots)
     failures, unsaid = 0, device_notes(transcriber)
+    if arguments.quiet and arguments.bundle is None:  # more likely forgotten than wanted
+        print(f"note: no --bundle was given: {transcriber.bundle.manifest.origin.notice}", file=sys.stderr)
     for job, outcome, bar in _outcomes(transcriber, jobs, quiet=arguments.quiet):
         written = _save(job, outcome)
         bar.clear()
@@ -194,6 +198,16 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot create folder {folder} ({error.strerror}): choose another --output-dir") from error
+
+
+def _check_new(paths: Iterable[Path]) -> None:
+    """Keep what stands under a name that nobody gave: beside a recording that may be what was played."""
+    there = [path for path in paths if path.exists()]
+    if there:
+        more, exist, them = (f" and {len(there) - 1} more", "exist", "them") if there[1:] else ("", "exists", "it")
+        raise OutputError(
+            f"{there[0]}{more} {exist} already: give --overwrite to replace {them}, or another --output-dir"
+        )
 
 
 def check_writable(path: Path) -> None:
