@@ -144,6 +144,7 @@ def test_figures_of_lengths_songs_and_streams(written):
         '{"runs": [3]}', '{"runs": [{"encode_s": 1}]}',
         '{"decode_ms_per_step": {"1": []}}', '{"lengths": 4}', '{"lengths": {"given": 4}}', "[" * 100_000,
         '{"encode_s": ' + "9" * 400 + "}", '{"encode_s": ' + "9" * 5000 + "}", '{"encode_s": 1e400}',
+        '{"encode_s": 1e-320}', '{"encode_s": 1, "gpu": NaN}',
     ],
 )  # fmt: skip
 def test_files_that_are_no_results(written, document):
@@ -161,6 +162,17 @@ def test_files_that_cannot_be_read(tmp_path):
     for path in (tmp_path / "absent", tmp_path, tmp_path / "binary", tmp_path / "huge", tmp_path / "\0"):
         with pytest.raises(OptionError, match=r"^--compare [^\n]*: give one that [^\n]*$"):
             read_result(path)
+
+
+def test_what_fits_no_memory_is_one_line(capsys):
+    arguments = ["bench", "--bundle", str(demo_bundle_path()), "--steps", "1", "--repeat", "1", "--segments"]
+    assert cli.main([*arguments, str(2**31 - 1)]) == 2
+    assert capsys.readouterr().err == (
+        "mt3-run: error: so much does not fit into memory at once: give fewer segments, songs or streams\n"
+    )
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, str(2**31)])
+    assert "2147483648 is more than 2147483647" in capsys.readouterr().err
 
 
 def test_the_command_compares_with_its_own_output(capsys, tmp_path):

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from mt3_export import cli as export_cli
 from mt3_runtime import cli, transcribe_command
 from mt3_runtime.bundle import demo_bundle_path, demo_clip_path
+from mt3_runtime.console import UNREAD
 from mt3_runtime.errors import OutputError
 from mt3_runtime.files import atomic_write
 from mt3_runtime.midi_reading import read_midi
@@ -469,4 +470,4 @@ def test_who_reads_no_more_gets_no_traceback():
     ) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
-    assert process.returncode == cli.UNREAD
+    assert process.returncode == UNREAD

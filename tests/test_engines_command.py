@@ -73,6 +73,19 @@ def test_commands_without_a_cache(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("days", ["nan", "-1", "inf", "x"])
+def test_an_age_is_a_number_of_days(capsys, days):
+    with pytest.raises(SystemExit):
+        main(["engines", "prune", f"--older-than={days}"])
+    assert capsys.readouterr().err.startswith("mt3-run engines prune: error: argument --older-than: ")
+
+
+def test_a_cache_whose_name_is_too_long_is_empty(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MT3_ENGINE_CACHE", str(tmp_path / ("y" * 300)))
+    assert main(["engines", "list"]) == 0
+    assert "0 engines" in capsys.readouterr().out
+
+
 def test_commands_on_a_foreign_folder(tmp_path, monkeypatch, capsys):
     (tmp_path / "open").mkdir(mode=0o755)
     monkeypatch.setenv("MT3_ENGINE_CACHE", str(tmp_path / "open"))

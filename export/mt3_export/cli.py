@@ -14,7 +14,8 @@ from mt3_export.mr_mt3 import models_of
 from mt3_export.precision_options import add_precision
 from mt3_export.published import PUBLISHED
 from mt3_export.yourmt3_models import MODELS as YOURMT3
-from mt3_runtime.cli import positive, report_errors
+from mt3_runtime.cli import positive
+from mt3_runtime.console import give, report_errors, say, shown
 from mt3_runtime.errors import CheckpointError, OptionError
 from mt3_runtime.parser import Parser
 from mt3_runtime.version import __version__
@@ -33,11 +34,11 @@ DIFFERS = 1  # exit code of `verify` when a graph is further from torch than it 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    return report_errors("mt3-export", lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = build_parser().parse_args(argv)
-    return report_errors("mt3-export", lambda: _run(arguments))
-
-
-def _run(arguments: argparse.Namespace) -> int:
     command: Callable[[argparse.Namespace], int] = arguments.command
     with needing(arguments.needs):
         return command(arguments)
@@ -171,7 +172,7 @@ def _bundle(arguments: argparse.Namespace) -> int:
         notice=arguments.notice,
         plans=plans,
     )
-    print(f"{arguments.output}: {checkpoint.model.name} from {checkpoint.source}", file=sys.stderr)
+    say(f"{shown(arguments.output)}: {checkpoint.model.name} from {checkpoint.source}")
     return 0
 
 
@@ -188,7 +189,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
             bundle, arguments.output, listed, plans=plans, calibration=arguments.calibration, progress=progress
         )
     written = dict.fromkeys([*listed, *(plan.precision for plan in plans)])
-    print(f"{arguments.output}: {arguments.bundle} and {', '.join(written)}", file=sys.stderr)
+    say(f"{shown(arguments.output)}: {shown(arguments.bundle)} and {', '.join(written)}")
     return 0
 
 
@@ -220,9 +221,9 @@ def _verify(arguments: argparse.Namespace) -> int:
         )
     reports = verify_bundle(bundle, checkpoint, segments=arguments.segments, steps=arguments.steps)
     if arguments.json:
-        print(json.dumps([report.to_dict() for report in reports]))
+        give(json.dumps([report.to_dict() for report in reports]))
     else:
-        print("\n".join(report.to_text() for report in reports))
+        give("\n".join(report.to_text() for report in reports))
     return 0 if all(report.passed for report in reports) else DIFFERS
 
 
@@ -255,19 +256,19 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from mt3_export.inspection import inspect_bundle  # noqa: PLC0415
 
     inspection = inspect_bundle(arguments.bundle)
-    print(json.dumps(inspection.to_dict(), indent=1) if arguments.json else inspection.to_text())
+    give(json.dumps(inspection.to_dict(), indent=1) if arguments.json else inspection.to_text())
     return 0
 
 
 def _fetch(arguments: argparse.Namespace) -> int:
     from mt3_export.fetch import fetch_checkpoint  # noqa: PLC0415
 
-    print(fetch_checkpoint(arguments.name, arguments.directory))
+    give(str(fetch_checkpoint(arguments.name, arguments.directory)))
     return 0
 
 
 def _engines(arguments: argparse.Namespace) -> int:
     from mt3_export.engines_command import build_engines  # noqa: PLC0415
 
-    print(build_engines(arguments, lambda message: print(message, file=sys.stderr)))
+    give(build_engines(arguments, say))
     return 0

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mt3_export.checkpoint_options import MODELS, OF_A_CHECKPOINT, add_checkpoint_options, load_checkpoint_of
 from mt3_export.dependencies import needing
 from mt3_runtime.cli import positive
+from mt3_runtime.console import give, say
 from mt3_runtime.errors import OptionError
 
 if TYPE_CHECKING:
@@ -94,8 +94,7 @@ def _precision(arguments: argparse.Namespace) -> int:
     def bundle() -> Path:
         return arguments.bundle or _exported(arguments)
 
-    text = measure_precisions(arguments, bundle, lambda message: print(message, file=sys.stderr, flush=True))
-    print(text)
+    give(measure_precisions(arguments, bundle, say))
     return 0
 
 

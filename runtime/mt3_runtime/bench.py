@@ -81,9 +81,13 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     load_s = perf_counter() - started
     features = transcriber.bundle.manifest.features
     shape = (options.segments, features.segment_frames, features.bins)
-    noise = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    try:
+        noise = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+        figures = _figures(transcriber, noise, options)
+    except MemoryError:
+        raise OptionError("so much does not fit into memory at once: give fewer segments, songs or streams") from None
     result = {
-        **_figures(transcriber, noise, options),
+        **figures,
         "load_s": load_s,
         "peak_rss_mb": peak_rss_mb(),
         "segments": options.segments,

@@ -47,7 +47,7 @@ def read_result(path: Path) -> Measured:
         with path.open("rb") as file:
             text = file.read(SIZE_LIMIT + 1)
         _require(len(text) <= SIZE_LIMIT, path, f"is larger than {SIZE_LIMIT} bytes")
-        data = json.loads(text)
+        data = json.loads(text, parse_constant=_refuse)
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise OptionError(f"--compare {str(path)!r:.200} cannot be read ({reason}): {FIX}") from None
@@ -60,6 +60,10 @@ def read_result(path: Path) -> Measured:
     figures = _middle([result.figures for result in results])
     _require(bool(figures), path, "has no figures of a bench")
     return Measured(figures, results[0].circumstances, results[0].command)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)  # NaN and infinity are no JSON, and no figures
 
 
 def _require(condition: bool, path: Path, what: str) -> None:
@@ -94,8 +98,8 @@ def _is_figure(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:
-        return math.isfinite(float(value)) and value > 0
-    except OverflowError:
+        return value > 0 and math.isfinite(float(value)) and math.isfinite(1 / float(value))
+    except (OverflowError, ZeroDivisionError):
         return False
 
 

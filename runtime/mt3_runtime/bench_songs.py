@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import contextmanager
+from itertools import repeat as repeated
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ def bench_songs(transcriber: Transcriber, songs: int, segments: int, steps: int,
             seconds = []
             for count in (1, songs):
                 started = perf_counter()
-                for _, result in transcriber.transcribe_many([(audio, rate)] * count):
+                for _, result in transcriber.transcribe_many(repeated((audio, rate), count)):
                     if isinstance(result, Exception):
                         raise result
                 seconds.append(perf_counter() - started)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mt3_runtime.console import give, report_errors
 from mt3_runtime.devices import KINDS, parse_device
 from mt3_runtime.errors import Mt3Error, OptionError
 from mt3_runtime.graphs import PRECISIONS
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001 -- argparse names it no other way
 
-DIFFERENT, INTERRUPTED = 1, 130
-UNREAD = 141  # what a shell says of a program that SIGPIPE ended
+DIFFERENT = 1  # exit code
+MOST = 2**31 - 1  # of anything
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,26 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, 1 for files that differ, 2 for an error that was explained, 130 when interrupted, 141 when nobody reads on.
     """
+    return report_errors("mt3-run", lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = build_parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command
-    return report_errors("mt3-run", lambda: command(arguments))
-
-
-def report_errors(program: str, command: Callable[[], int]) -> int:
-    """Run `command`; an error of ours becomes one line on standard error and exit code 2."""
-    try:
-        code = command()
-        sys.stdout.flush()
-    except BrokenPipeError:  # who reads has enough, as `| head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again when it ends
-        return UNREAD
-    except Mt3Error as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    return code
+    return command(arguments)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,8 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
 def positive(text: str) -> int:
     """A whole number of at least 1, for argparse."""
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    if not 1 <= number <= MOST:
+        raise argparse.ArgumentTypeError(f"{number} is {'less than 1' if number < 1 else f'more than {MOST}'}")
     return number
 
 
@@ -84,6 +72,14 @@ def _count(text: str) -> int:
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"{number} is less than 0")
+    return number
+
+
+def _days(text: str) -> float:
+    """An age, for argparse."""
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number of days: give 0 or more")
     return number
 
 
@@ -233,7 +229,7 @@ def _add_engines(commands: Commands) -> None:
     listing = actions.add_parser("list", help="engines in the cache")
     listing.add_argument("--json", action="store_true", help="one JSON array on standard output")
     prune = actions.add_parser("prune", help="remove what is damaged or was left by killed builds, and engines named")
-    prune.add_argument("--older-than", type=float, metavar="DAYS", help="engines built longer ago")
+    prune.add_argument("--older-than", type=_days, metavar="DAYS", help="engines built longer ago")
     prune.add_argument("--all", action="store_true", help="every engine")
     parser.set_defaults(command=_engines)
 
@@ -290,7 +286,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     names = {field.name for field in dataclasses.fields(BenchOptions)} - {"lengths"}
     lengths = None if arguments.lengths is None else parse_lengths(arguments.lengths)
     result = bench(BenchOptions(**{name: getattr(arguments, name) for name in names}, lengths=lengths))
-    print(json.dumps(result) if arguments.json else to_text(result))
+    give(json.dumps(result, allow_nan=False) if arguments.json else to_text(result))
     return 0
 
 
@@ -299,7 +295,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from mt3_runtime.doctor import diagnose  # noqa: PLC0415
 
     diagnosis = diagnose(arguments.bundle or demo_bundle_path(), start=_start)
-    print(diagnosis.to_json() if arguments.json else diagnosis.to_text())
+    give(diagnosis.to_json() if arguments.json else diagnosis.to_text())
     return diagnosis.exit_code
 
 
@@ -313,14 +309,14 @@ def _start(bundle: Path) -> None:
 def _demo(arguments: argparse.Namespace) -> int:
     from mt3_runtime.demo import run_demo  # noqa: PLC0415
 
-    print(run_demo(arguments.output_dir))
+    give(run_demo(arguments.output_dir))
     return 0
 
 
 def _engines(arguments: argparse.Namespace) -> int:
     from mt3_runtime.engines_command import engines  # noqa: PLC0415
 
-    print(engines(arguments))
+    give(engines(arguments))
     return 0
 
 
@@ -328,5 +324,5 @@ def _diff(arguments: argparse.Namespace) -> int:
     from mt3_runtime.diff_command import diff_files  # noqa: PLC0415
 
     text, agree = diff_files(arguments)
-    print(text)
+    give(text)
     return 0 if agree else DIFFERENT

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -114,7 +115,7 @@ class EngineCache:
 
     def entries(self) -> list[Entry]:
         """Every engine whose description is whole, by title; their bytes are not looked at."""
-        if not self.folder.exists():
+        if not os.path.exists(self.folder):  # noqa: PTH110 -- Path's raises if the name is too long
             return []
         check_private(self.folder)
         found = []
@@ -135,7 +136,7 @@ class EngineCache:
         Returns:
             Titles of the engines removed; the digest of one whose description is damaged.
         """
-        if not self.folder.exists():
+        if not os.path.exists(self.folder):  # noqa: PTH110 -- Path's raises if the name is too long
             return []
         check_private(self.folder)
         removed = []

@@ -6,13 +6,13 @@ import json
 import os
 import select
 import signal
-import sys
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
 from mt3_runtime.audio import check_bounds
+from mt3_runtime.console import say
 from mt3_runtime.errors import OutputError
 from mt3_runtime.midi import write_midi
 from mt3_runtime.transcribe_command import check_suffix, check_writable, load_asked
@@ -51,9 +51,9 @@ def stream_notes(arguments: argparse.Namespace, source: IO[bytes], target: IO[st
     transcriber = load_asked(arguments)
     for notice in (transcriber.bundle.manifest.origin.notice, *transcriber.notices):
         if notice:
-            print(f"note: {notice}", file=sys.stderr)
+            say(f"note: {notice}")
     where = ": ".join(filter(None, (transcriber.backend.device, transcriber.device_reason)))
-    print(f"listening: {arguments.channels} x {arguments.format} at {arguments.rate} Hz, on {where}", file=sys.stderr)
+    say(f"listening: {arguments.channels} x {arguments.format} at {arguments.rate} Hz, on {where}")
     notes: list[Note] = []
     interrupt, is_whole = _Interrupt(), False
     with interrupt.installed():
@@ -72,7 +72,7 @@ def stream_notes(arguments: argparse.Namespace, source: IO[bytes], target: IO[st
 
 def _save(notes: list[Note], path: Path, transcriber: Transcriber) -> None:
     for notice in write_midi(notes, path, style=transcriber.midi_style):
-        print(f"note: {notice}", file=sys.stderr)
+        say(f"note: {notice}")
 
 
 def _write(line: str, target: IO[str]) -> None:
@@ -169,7 +169,7 @@ def _blocks(
         if whole:
             yield np.frombuffer(data[:whole], kind).reshape(-1, channels)
     if rest:
-        print(f"note: the last {len(rest)} bytes are no whole sample and were left out", file=sys.stderr)
+        say(f"note: the last {len(rest)} bytes are no whole sample and were left out")
 
 
 def _line(segment: SegmentNotes) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mt3_runtime.console import say, shown
 from mt3_runtime.errors import Mt3Error, OptionError, OutputError
 from mt3_runtime.files import check_target
 from mt3_runtime.loading import load
@@ -74,20 +75,20 @@ def transcribe_jobs(jobs: Sequence[Job], arguments: argparse.Namespace) -> int:
     transcriber = load_asked(arguments, slots=arguments.slots)
     failures, unsaid = 0, device_notes(transcriber)
     if arguments.quiet and arguments.bundle is None:  # more likely forgotten than wanted
-        print(f"note: no --bundle was given: {transcriber.bundle.manifest.origin.notice}", file=sys.stderr)
+        say(f"note: no --bundle was given: {transcriber.bundle.manifest.origin.notice}")
     for job, outcome, bar in _outcomes(transcriber, jobs, quiet=arguments.quiet):
         written = _save(job, outcome)
         bar.clear()
         if isinstance(written, Mt3Error):
-            told = str(written) if str(job.source) in str(written) else f"{job.source}: {written}"
-            print(f"mt3-run: error: {told}", file=sys.stderr)
+            told = str(written) if shown(job.source) in str(written) else f"{shown(job.source)}: {written}"
+            say(f"mt3-run: error: {told}")
             failures += 1
         elif not arguments.quiet:
             _tell(job, *written)
             while unsaid:
-                print(unsaid.pop(), file=sys.stderr)
+                say(unsaid.pop())
     if failures and len(jobs) > 1:
-        print(f"mt3-run: {failures} of {len(jobs)} files failed, {len(jobs) - failures} were written", file=sys.stderr)
+        say(f"mt3-run: {failures} of {len(jobs)} files failed, {len(jobs) - failures} were written")
     return failures
 
 
@@ -157,14 +158,13 @@ def _tell(job: Job, transcription: Transcription, notices: Sequence[str]) -> Non
     speed = 1 / provenance.real_time_factor if provenance.real_time_factor else 0.0
     silent = len(provenance.silent_segments)
     skipped = f", {silent} of {provenance.segments} segments silent" if silent else ""
-    print(
-        f"{job.source} -> {', '.join(map(str, job.outputs))}: {len(transcription.notes)} notes, "
+    say(
+        f"{shown(job.source)} -> {', '.join(map(shown, job.outputs))}: {len(transcription.notes)} notes, "
         f"{transcription.duration:.1f} s of audio in {sum(provenance.stage_seconds.values()):.2f} s "
-        f"({speed:.1f} x real time, {provenance.device}){skipped}",
-        file=sys.stderr,
+        f"({speed:.1f} x real time, {provenance.device}){skipped}"
     )
     for notice in notices:
-        print(f"  note: {notice}", file=sys.stderr)
+        say(f"  note: {notice}")
 
 
 def _check_suffixes(arguments: argparse.Namespace) -> None:
@@ -176,7 +176,7 @@ def _check_suffixes(arguments: argparse.Namespace) -> None:
 def check_suffix(path: Path | None, *suffixes: str) -> None:
     """Raise OptionError if a file was named and its name ends in none of `suffixes`."""
     if path is not None and path.suffix.lower() not in suffixes:
-        raise OptionError(f"{path} does not end in {' or '.join(suffixes)}: name it so")
+        raise OptionError(f"{shown(path)} does not end in {' or '.join(suffixes)}: name it so")
 
 
 def _check_clashes(jobs: Sequence[Job]) -> None:
@@ -186,36 +186,39 @@ def _check_clashes(jobs: Sequence[Job]) -> None:
         for path in job.outputs:
             other = owners.setdefault(os.path.realpath(path), job.source)
             if other is not job.source and os.path.realpath(other) == os.path.realpath(job.source):
-                raise OptionError(f"{job.source} is given twice: give it once")
+                raise OptionError(f"{shown(job.source)} is given twice: give it once")
             if other is not job.source or os.path.realpath(path) == os.path.realpath(job.source):
-                raise OptionError(
-                    f"{path} would be written for {job.source}, but belongs to {other}: use other folders"
-                )
+                names = f"{shown(path)} would be written for {shown(job.source)}, but belongs to {shown(other)}"
+                raise OptionError(f"{names}: use other folders")
 
 
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot create folder {folder} ({error.strerror}): choose another --output-dir") from error
+        raise OutputError(
+            f"cannot create folder {shown(folder)} ({error.strerror}): choose another --output-dir"
+        ) from error
 
 
 def _check_new(paths: Iterable[Path]) -> None:
     """Keep what stands under a name that nobody gave: beside a recording that may be what was played."""
-    there = [path for path in paths if path.exists()]
+    there = [path for path in paths if os.path.exists(path)]  # noqa: PTH110 -- as above
     if there:
         more, exist, them = (f" and {len(there) - 1} more", "exist", "them") if there[1:] else ("", "exists", "it")
         raise OutputError(
-            f"{there[0]}{more} {exist} already: give --overwrite to replace {them}, or another --output-dir"
+            f"{shown(there[0])}{more} {exist} already: give --overwrite to replace {them}, or another --output-dir"
         )
 
 
 def check_writable(path: Path) -> None:
     """Say now, not after the work, that a result cannot be written."""
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder: name a file in it")
-    if not path.parent.is_dir():
-        raise OutputError(f"folder {path.parent} does not exist: create it first")
+    name, folder = shown(path), shown(path.parent)
+    # Not those of Path, which raise for names that are too long and folders that may not be entered.
+    if os.path.isdir(path):  # noqa: PTH112
+        raise OutputError(f"{name} is a folder: name a file in it")
+    if not os.path.isdir(path.parent):  # noqa: PTH112
+        raise OutputError(f"folder {folder} does not exist: create it first")
     if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"folder {path.parent} is write-protected: choose another one")
+        raise OutputError(f"folder {folder} is write-protected: choose another one")
     check_target(path)
