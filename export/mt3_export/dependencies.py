@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 OURS = ("mt3_export", "mt3_runtime")
+CPU_TORCH = "https://download.pytorch.org/whl/cpu"
 
 
 @contextmanager
@@ -29,6 +30,8 @@ def needing(extras: str, *packages: str) -> Iterator[None]:
             raise
         wanted = " ".join((f"'mt3-runtime[{extras}]'", *packages))
         if isinstance(error, ModuleNotFoundError):
-            raise DependencyError(f"{error.name} cannot be imported: pip install {wanted}") from None
+            # The plain name means gigabytes of CUDA on Linux, for nothing.
+            small = f"pip install torch --index-url {CPU_TORCH} && " if error.name == "torch" else ""
+            raise DependencyError(f"{error.name} cannot be imported: {small}pip install {wanted}") from None
         why, again = " ".join(str(error).split())[:200], f"pip install --force-reinstall {error.name.split('.')[0]}"
         raise DependencyError(f"{error.name} cannot be imported ({why}): {again}") from error

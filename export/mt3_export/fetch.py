@@ -162,7 +162,7 @@ def _hub(module: str) -> Any:
         return importlib.import_module(f"huggingface_hub.{module}")
     except ImportError as error:
         raise DependencyError(
-            "huggingface_hub is not installed: run pip install 'mt3-runtime[export]', or download the file yourself"
+            "huggingface_hub is not installed: pip install huggingface_hub, or download the file yourself"
         ) from error
 
 
