@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from mt3_runtime.errors import BundleError, DependencyError
+from mt3_runtime.interrupts import interrupts_held
 from mt3_runtime.machine import may_spin
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ def import_onnxruntime() -> Any:
         DependencyError: it is not installed.
     """
     try:
-        import onnxruntime  # noqa: PLC0415 -- not a base dependency: CPU and GPU builds exclude each other
+        with interrupts_held():  # ONNX Runtime makes an ImportError of it, as if it were not installed
+            import onnxruntime  # noqa: PLC0415 -- not a base dependency: CPU and GPU builds exclude each other
     except ImportError as error:
         raise DependencyError(f"onnxruntime cannot be imported ({error}): pip install 'mt3-runtime[cpu]'") from None
     return onnxruntime
