@@ -625,6 +625,8 @@ def test_another_plan_or_a_broken_state_is_refused(tmp_path, monkeypatch, small_
     [
         (["--evaluate", "no-such-file"], "does not exist: check the path"),
         (["--state", "no-such-run", "--export", "x.safetensors"], "train one first"),
+        (["--state", "new", "--seed", "-1"], "-1 is no seed: give a whole number from 0 to"),
+        (["--state", "new", "--seed", "9" * 26], "is no seed: give a whole number from 0 to"),
     ],
 )
 def test_an_error_is_told_in_a_line(tmp_path, monkeypatch, capsys, arguments, message):
@@ -633,6 +635,11 @@ def test_an_error_is_told_in_a_line(tmp_path, monkeypatch, capsys, arguments, me
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("train_demo: ")
     assert message in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_seed_that_is_accepted_can_begin_a_run(small_runs):
+    assert begin(Plan(**{**small_runs, "seed": 2**64 - 1}), CPU).step == 0
 
 
 @pytest.mark.parametrize(

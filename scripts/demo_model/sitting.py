@@ -49,9 +49,10 @@ def train(folder: Path, chosen: Mapping[str, Any], conditions: Conditions) -> Pr
     Raises:
         CheckpointError: the folder's state cannot be read.
         DeviceError: torch cannot use the device.
-        OptionError: `chosen` is not the plan of this run.
+        OptionError: `chosen` is not the plan of this run, or out of range.
         OutputError: the folder cannot be written.
     """
+    plan = Plan(**chosen)  # first of all: what is refused leaves no folder behind
     device = _device(conditions.device)
     if conditions.threads:
         torch.set_num_threads(conditions.threads)
@@ -62,7 +63,7 @@ def train(folder: Path, chosen: Mapping[str, Any], conditions: Conditions) -> Pr
         raise OutputError(f"{folder} cannot be made ({error.strerror}): choose another folder") from error
     progress = load_progress(folder, device)
     if progress is None:
-        progress = begin(Plan(**chosen), device)
+        progress = begin(plan, device)
     else:
         progress.plan = _same_plan(progress.plan, chosen)
     sitting = _Sitting(folder, Trainer(progress), conditions)

@@ -12,24 +12,42 @@ from torch import Tensor
 
 from demo_model.curriculum import Curriculum
 from demo_model.settings import FEATURES, SIZES
-from mt3_runtime.errors import CheckpointError
+from mt3_runtime.errors import CheckpointError, OptionError
 from mt3_runtime.files import atomic_write
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 STATE_NAME, LOG_NAME = "state.pt", "log.jsonl"
+PRECISIONS = ("bf16", "fp32")
+LAST_SEED = 2**64 - 1  # torch takes no larger one, numpy no negative one
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What decides the outcome of a run. `size` is a key of `SIZES`, `batch` in segments, `precision` of matrices."""
+    """What decides the outcome of a run. `size` is a key of `SIZES`, `batch` in segments, `precision` of matrices.
+
+    Raises:
+        OptionError: a field is out of range.
+    """
 
     seed: int = 0
     size: str = "small"
     steps: int = 6_000
     batch: int = 32
     precision: str = "bf16"
+
+    def __post_init__(self) -> None:
+        if type(self.seed) is not int or not 0 <= self.seed <= LAST_SEED:
+            raise OptionError(f"{self.seed!r} is no seed: give a whole number from 0 to {LAST_SEED}")
+        for name in ("steps", "batch"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise OptionError(f"{name} is {value!r}: give a positive whole number")
+        for name, known in (("size", tuple(SIZES)), ("precision", PRECISIONS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise OptionError(f"{name} is {value!r}: give {' or '.join(known)}")
 
 
 @dataclass(slots=True)
