@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 import json
 import math
+import operator
 import subprocess
 import sys
 from dataclasses import replace
@@ -602,6 +605,66 @@ def test_training_learns_and_its_export_can_be_loaded(tmp_path, monkeypatch, sma
     assert loaded.model == replace(TINY, name="demo")
     for key, tensor in progress.weights.items():
         assert torch.equal(loaded.tensors[key], tensor)
+
+
+@pytest.fixture
+def broken_state(tmp_path, monkeypatch, small_runs):
+    """The folder of a run of one step, and what breaks a copy of its state."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        train(tmp_path, small_runs, AT_ONCE)
+    stored = torch.load(tmp_path / "state.pt", weights_only=True)
+
+    def break_at(*path, value=None):
+        """Put `value` in a place of the state, or take out what is there."""
+        broken = copy.deepcopy(stored)
+        *outer, name = path
+        place = functools.reduce(operator.getitem, outer, broken)
+        if value is None:
+            del place[name]
+        else:
+            place[name] = value
+        torch.save(broken, tmp_path / "state.pt")
+        return tmp_path
+
+    return break_at
+
+
+def test_a_state_that_no_training_leaves_is_refused(broken_state, small_runs):
+    assert load_progress(broken_state("plan", "seed", value=1), CPU).step == 1  # as it was
+    for path, value in (
+        (("plan", "size"), "huge"),
+        (("plan", "precision"), "fp8"),
+        (("plan", "batch"), 0),
+        (("plan", "seed"), None),
+        (("weights", "proj.weight"), None),
+        (("weights", "proj.weight"), "no tensor"),
+        (("weights", "proj.weight"), torch.zeros(48, 511)),
+        (("weights", "proj.weight"), torch.zeros(48, 512, dtype=torch.int64)),
+        (("weights", "other.weight"), torch.zeros(1)),
+        (("extra", "hidden.bias"), None),
+        (("stages",), [99]),
+        (("stages",), 0),
+        (("curriculum", "stage"), -1),
+        (("curriculum", "accuracy"), {"line": math.nan}),
+        (("step",), "x"),
+        (("step",), None),
+        (("seconds",), math.inf),
+        (("optimiser", 1), None),
+        (("optimiser", 0, "state"), {}),
+        (("optimiser", 0, "state", 3), None),
+        (("optimiser", 0, "state", 3, "momentum_buffer"), torch.zeros(1)),
+        (("optimiser", 1, "state", 0, "exp_avg"), None),
+    ):
+        folder = broken_state(*path, value=value)
+        with pytest.raises(CheckpointError, match="no training state of this version: choose another folder"):
+            load_progress(folder, CPU)
+    broken_state("weights", "proj.weight")
+    with pytest.raises(CheckpointError, match="choose another folder"):
+        export(folder, folder / "out.safetensors")
+    assert not (folder / "out.safetensors").exists()
+    with pytest.raises(CheckpointError, match="choose another folder"):
+        train(folder, small_runs, AT_ONCE)
 
 
 def test_another_plan_or_a_broken_state_is_refused(tmp_path, monkeypatch, small_runs):

@@ -15,6 +15,7 @@ MATRICES, OTHERS = 0.005, 0.00125  # peak learning rates; at twice as much, lear
 WARM_UP = 50  # steps
 SLOWED = 250  # step after which the rate falls with the root of the number of steps
 ANNEALED = 0.4  # last share of all steps, over which the rate falls to nothing
+_KEPT = (("momentum_buffer",), ("step", "exp_avg", "exp_avg_sq"))  # for each tensor, by Muon and by AdamW
 
 
 def schedule(step: int, steps: int) -> float:
@@ -50,7 +51,19 @@ class Optimiser:
         """Everything needed to go on."""
         return [part.state_dict() for part, _ in self.parts]
 
-    def restore(self, state: list[dict[str, Any]]) -> None:
-        """Go on from `state`."""
-        for (part, _), stored in zip(self.parts, state, strict=True):
-            part.load_state_dict(stored)
+    def restore(self, state: list[dict[str, Any]], steps: int) -> None:
+        """Go on from `state`, after so many steps.
+
+        Raises:
+            ValueError: it is not what these steps leave for these tensors.
+        """
+        for (part, _), names, stored in zip(self.parts, _KEPT, state, strict=True):
+            # Only what was learned: the settings are this module's.
+            part.load_state_dict({**part.state_dict(), "state": stored["state"]})
+            tensors = [tensor for group in part.param_groups for tensor in group["params"]]
+            if len(part.state) != (len(tensors) if steps else 0):
+                raise ValueError(f"{len(part.state)} of {len(tensors)} tensors after {steps} steps")
+            for tensor, kept in part.state.items():
+                shapes = {name: value.shape for name, value in kept.items()}
+                if shapes != {name: () if name == "step" else tensor.shape for name in names}:
+                    raise ValueError(f"{shapes} for a tensor of {tensor.shape}")

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import io
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from demo_model.curriculum import Curriculum
+from demo_model.curriculum import STAGES, Curriculum
+from demo_model.losses import auxiliary_tensors
+from demo_model.optimiser import Optimiser
 from demo_model.settings import FEATURES, SIZES
+from mt3_export.state import expected_shapes
 from mt3_runtime.errors import CheckpointError, OptionError
 from mt3_runtime.files import atomic_write
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 STATE_NAME, LOG_NAME = "state.pt", "log.jsonl"
@@ -89,17 +94,54 @@ def load_progress(folder: Path, device: torch.device) -> Progress | None:
     """The run in `folder`, None if there is none yet.
 
     Raises:
-        CheckpointError: there is a state that cannot be read.
+        CheckpointError: there is a state that cannot be read, or that no training leaves.
     """
     path = folder / STATE_NAME
     if not path.exists():
         return None
     try:
-        stored = torch.load(path, map_location=device, weights_only=True)
-        plan, curriculum = Plan(**stored.pop("plan")), Curriculum(**stored.pop("curriculum"))
-        return Progress(plan=plan, curriculum=curriculum, **stored)
+        return _read(torch.load(path, map_location=device, weights_only=True))
     except Exception as error:
         raise CheckpointError(f"{path} is no training state of this version: choose another folder") from error
+
+
+def _read(stored: dict[str, Any]) -> Progress:
+    plan, curriculum = stored["plan"], stored["curriculum"]
+    for kind, values in ((Progress, stored), (Plan, plan), (Curriculum, curriculum)):
+        # Defaults are for new runs: what is missing here has been lost.
+        if set(values) != {field.name for field in fields(kind)}:
+            raise ValueError(f"a {kind.__name__} of {', '.join(map(str, values))}")
+    progress = Progress(**{**stored, "plan": Plan(**plan), "curriculum": Curriculum(**curriculum)})
+    _check_place(progress)
+    model = SIZES[progress.plan.size]
+    _check_tensors(progress.weights, expected_shapes(model))
+    _check_tensors(progress.extra, {key: tuple(t.shape) for key, t in auxiliary_tensors(model, 0).items()})
+    if progress.optimiser is None:
+        raise ValueError("no optimiser")
+    Optimiser(progress.weights, progress.extra).restore(progress.optimiser, progress.step)
+    return progress
+
+
+def _check_place(progress: Progress) -> None:
+    """How far the run is: whole steps, known stages, real times and accuracies."""
+    curriculum = progress.curriculum
+    if type(progress.step) is not int or progress.step < 0:
+        raise ValueError(f"step {progress.step!r}")
+    if type(progress.stages) is not list:
+        raise ValueError(f"stages {progress.stages!r}")
+    for stage in (curriculum.stage, *progress.stages):
+        if type(stage) is not int or not 0 <= stage < len(STAGES):
+            raise ValueError(f"stage {stage!r}")
+    for value in (progress.seconds, *curriculum.accuracy.values()):
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"a time or an accuracy of {value!r}")
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    if {key: tuple(tensor.shape) for key, tensor in tensors.items()} != shapes:
+        raise ValueError("tensors missing, unknown or of another shape")
+    if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
+        raise ValueError("tensors that are not float32")
 
 
 def export_weights(progress: Progress, path: Path) -> None:

@@ -72,7 +72,7 @@ class Trainer:
             tensor.requires_grad_()
         self.optimiser = Optimiser(progress.weights, progress.extra)
         if progress.optimiser is not None:
-            self.optimiser.restore(progress.optimiser)
+            self.optimiser.restore(progress.optimiser, progress.step)
         self.model = SIZES[progress.plan.size]
         self.dtype = DTYPES[progress.plan.precision]
         self.device = progress.weights["proj.weight"].device
