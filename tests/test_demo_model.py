@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import functools
 import itertools
 import json
@@ -44,7 +45,7 @@ from mt3_export.checkpoint import load_checkpoint  # noqa: E402
 from mt3_export.lowering import Eager  # noqa: E402
 from mt3_export.network import build_modules  # noqa: E402
 from mt3_export.random_weights import random_tensors  # noqa: E402
-from mt3_runtime.errors import CheckpointError, DeviceError, OptionError  # noqa: E402
+from mt3_runtime.errors import CheckpointError, DeviceError, OptionError, OutputError  # noqa: E402
 from mt3_runtime.loading import load  # noqa: E402
 from mt3_runtime.note_decoding import SegmentTokens, tokens_to_notes  # noqa: E402
 from mt3_runtime.notes import Note  # noqa: E402
@@ -586,6 +587,50 @@ def test_going_on_is_as_if_it_had_never_stopped(tmp_path, monkeypatch, small_run
     assert [entry["step"] for entry in log[1:]] == [2, 4, 5]
     assert {"tokens", "frames", "following", "cross", "minutes"} <= set(log[1])
     assert any(name.startswith("accuracy.") for name in log[1])
+
+
+def test_a_log_that_cannot_be_written_loses_no_step(tmp_path, monkeypatch, small_runs):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        whole = train(tmp_path / "whole", small_runs, AT_ONCE)
+    folder, log = tmp_path / "run", tmp_path / "run" / "log.jsonl"
+    stopping = iter([False, False, True])
+
+    def lose_the_log(sitting):
+        if sitting.trainer.progress.step == 1:
+            log.unlink()
+            log.mkdir()
+        return next(stopping)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("demo_model.sitting._Sitting.enough", lose_the_log)
+        with pytest.raises(OutputError, match=r"log\.jsonl.* cannot be written .*give the same command again"):
+            train(folder, small_runs, AT_ONCE)
+    assert load_progress(folder, CPU).step == 2
+    with pytest.raises(OutputError, match="cannot be written"):
+        train(folder, small_runs, AT_ONCE)
+    assert load_progress(folder, CPU).step == 2  # nothing was begun that could not be told
+    log.rmdir()
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        parts = train(folder, small_runs, AT_ONCE)
+    assert parts.step == 3
+    for key, tensor in whole.weights.items():
+        torch.testing.assert_close(tensor, parts.weights[key], atol=0, rtol=0)
+
+
+def test_a_full_standard_output_loses_no_step(tmp_path, monkeypatch, small_runs):
+    printed = []
+
+    def print_once(text, **_):
+        if printed:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        printed.append(text)
+
+    monkeypatch.setattr("demo_model.sitting.print", print_once, raising=False)
+    with pytest.raises(OutputError, match="No space left on device"):
+        train(tmp_path, small_runs, AT_ONCE)
+    assert load_progress(tmp_path, CPU).step == 2
 
 
 def test_training_learns_and_its_export_can_be_loaded(tmp_path, monkeypatch, small_runs):

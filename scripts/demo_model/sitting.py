@@ -50,7 +50,7 @@ def train(folder: Path, chosen: Mapping[str, Any], conditions: Conditions) -> Pr
         CheckpointError: the folder's state cannot be read.
         DeviceError: torch cannot use the device.
         OptionError: `chosen` is not the plan of this run, or out of range.
-        OutputError: the folder cannot be written.
+        OutputError: the folder or the log cannot be written; if only the log cannot, the state is saved.
     """
     plan = Plan(**chosen)  # first of all: what is refused leaves no folder behind
     device = _device(conditions.device)
@@ -111,6 +111,8 @@ class _Sitting:
         self.records: list[Record] = []
         if trainer.progress.step == 0:
             self._log({"plan": asdict(trainer.progress.plan)})
+        else:
+            self._write("")  # finds out before the work whether it can
 
     def enough(self) -> bool:
         limit = self.conditions.minutes
@@ -149,10 +151,24 @@ class _Sitting:
         self.records.clear()
 
     def _log(self, entry: Mapping[str, Any]) -> None:
-        line = json.dumps(entry)
-        print(line, flush=True)
-        with (self.folder / LOG_NAME).open("a", encoding="utf-8") as log:
-            log.write(line + "\n")
+        try:
+            self._write(json.dumps(entry) + "\n")
+        except OutputError:
+            if self.trainer.progress.step:  # what was learned is worth more than its log
+                save_progress(self.folder, self.trainer.progress_now())
+            raise
+
+    def _write(self, text: str) -> None:
+        path = self.folder / LOG_NAME
+        try:
+            with path.open("a", encoding="utf-8") as log:
+                log.write(text)
+            print(text, end="", flush=True)
+        except OSError as error:
+            raise OutputError(
+                f"{path}, or its copy on standard output, cannot be written ({error.strerror}): "
+                "see to that, then give the same command again"
+            ) from error
 
 
 @contextmanager
