@@ -759,3 +759,53 @@ def test_the_command_explains_itself(arguments, message):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--clips 2", "give --state DIR to train or export, or --evaluate FILE"),
+        ("--evaluate x --state y --export z", "--evaluate does not use --state, --export: leave that out"),
+        ("--evaluate x --seed 0", "--evaluate does not use --seed: leave that out"),
+        ("--evaluate x --workers 1", "--evaluate does not use --workers: leave that out"),
+        ("--state x --export y --batch 32", "--export does not use --batch: leave that out"),
+        ("--state x --export y --device cpu", "--export does not use --device: leave that out"),
+        ("--state x --clips 100", "training does not use --clips: leave that out"),
+    ],
+)
+def test_no_option_is_ignored(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr("demo_model.command._run", lambda _: None)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments.split())
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f": error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "call"),
+    [
+        ("--state RUN", ("train", Path("RUN"), {}, Conditions())),
+        (
+            "--state RUN --steps 15400 --minutes 60",
+            ("train", Path("RUN"), {"steps": 15_400}, Conditions(minutes=60.0)),
+        ),
+        (
+            "--state RUN --seed 0 --batch 8 --size full --precision fp32",
+            ("train", Path("RUN"), {"seed": 0, "batch": 8, "size": "full", "precision": "fp32"}, Conditions()),
+        ),
+        (
+            "--state RUN --validate 2 --device cuda --threads 3 --workers 4",
+            ("train", Path("RUN"), {}, Conditions(None, 2.0, "cuda", 3, 4)),
+        ),
+        ("--state RUN --export demo.safetensors", ("export", Path("RUN"), Path("demo.safetensors"))),
+        ("--evaluate NEW", ("evaluate", Path("NEW"), 100)),
+        ("--evaluate engines/demo --clips 7", ("evaluate", Path("engines/demo"), 7)),
+    ],
+)
+def test_what_is_given_is_what_is_done(monkeypatch, arguments, call):
+    calls = []
+    for target in ("sitting.train", "sitting.export", "evaluation.evaluate_file"):
+        name = target.rpartition(".")[2].removesuffix("_file")
+        monkeypatch.setattr(f"demo_model.{target}", lambda *values, name=name: calls.append((name, *values)) or [])
+    assert main(arguments.split()) == 0
+    assert calls == [call]
