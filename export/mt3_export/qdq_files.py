@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from mt3_export.calibration import SHARE, calibrate
+from mt3_export.graph_reading import read_written
 from mt3_export.mixed_plan import check_products
 from mt3_export.products import products
 from mt3_export.qdq import ARITHMETIC, quantize_static
@@ -70,7 +71,7 @@ def write_static(
         mixed: products that stay in fp32.
 
     Raises:
-        BundleError: weights are not finite.
+        BundleError: a graph cannot be used, or weights are not finite.
         OptionError: a graph has no product of a name that is to be kept.
     """
     weights = WeightsFile(folder / f"weights.{QDQ}.{lowering}.bin", "fp32")
@@ -79,7 +80,7 @@ def write_static(
             if source.graph == FEATURES:
                 yield replace(source, precision=QDQ)
                 continue
-            model = ir.load(folder / source.file)
+            model = read_written(folder, source)
             if mixed and lowering == "ort":  # experts are other products in the others
                 check_products(mixed, source.graph, products(model.graph))
             keep = mixed.of(source.graph) if mixed else ()

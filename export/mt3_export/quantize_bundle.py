@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from mt3_export.bundle_folder import finish, new_folder, records
+from mt3_export.graph_reading import read_written
 from mt3_export.mixed_plan import check_products, plans_by_precision, said
 from mt3_export.products import products
 from mt3_export.qdq_files import write_calibrated
@@ -54,7 +55,7 @@ def quantize_bundle(
 
     Raises:
         AudioError: a file to calibrate with cannot be read.
-        BundleError: a file is not what the manifest lists, or there are no graphs for the CPU.
+        BundleError: a file is not what the manifest lists, a graph cannot be used, or there are none for the CPU.
         DependencyError: onnxruntime, which calibration needs, is not installed.
         OptionError: a precision is none of these, or in the bundle already; or it and the calibration do not fit; or a
             plan does not fit the model.
@@ -111,7 +112,7 @@ def write_quantized(
     Graphs that the precision leaves as they are stay the files that they are, and products that `mixed` keeps in fp32.
 
     Raises:
-        BundleError: there are no graphs of fp32 for the CPU.
+        BundleError: there are no graphs of fp32 for the CPU, or one cannot be used.
         OptionError: a graph has no product of a name that is to be kept.
     """
     sources = [entry for entry in entries if (entry.lowering, entry.precision) == (LOWERING, "fp32")]
@@ -122,7 +123,7 @@ def write_quantized(
         for source in sources:
             form = form_of(precision, source.graph)
             if mixed:
-                check_products(mixed, source.graph, products(ir.load(folder / source.file).graph))
+                check_products(mixed, source.graph, products(read_written(folder, source).graph))
             if form is None:
                 if mixed and mixed.of(source.graph):
                     said_so = f"the plan for {precision} keeps products of {source.graph}"
@@ -131,14 +132,13 @@ def write_quantized(
                 continue
             keep = mixed.of(source.graph) if mixed else ()
             file = f"{source.graph}.{precision}.{LOWERING}.onnx"
-            (folder / file).write_bytes(_quantized(folder / source.file, form, weights, keep))
+            (folder / file).write_bytes(_quantized(read_written(folder, source), form, weights, keep))
             yield GraphFile(source.graph, source.lowering, precision, file, weights.name)
     finally:
         weights.close()
 
 
-def _quantized(path: Path, form: Form, weights: WeightsFile, keep: Collection[str]) -> bytes:
-    model = ir.load(path)
+def _quantized(model: ir.Model, form: Form, weights: WeightsFile, keep: Collection[str]) -> bytes:
     quantize(model, form, keep)
     weights.move(model)
     data: bytes = ir.to_proto(model).SerializeToString(deterministic=True)

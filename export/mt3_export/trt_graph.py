@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx import TensorProto, helper, shape_inference
 from onnx.numpy_helper import to_array
 
-from mt3_export.graph_reading import read_graph
+from mt3_export.graph_reading import read_graph, read_proto
 from mt3_export.kept_products import keep_products, kept_candidates, matrices_of
 from mt3_export.mixed_plan import check_products
 from mt3_export.trt_forms import own_casts, product_types, products_as_sums
@@ -65,7 +65,7 @@ def ready_graph(bundle: Bundle, plan: EnginePlan, *, sums: bool = False, mixed: 
         BundleError: a file is not what the manifest lists, or the graph is none that TensorRT would run as it is meant.
         OptionError: the graph has no product of a name that is to be kept.
     """
-    model = onnx.load_from_string(bundle.read(plan.file.file))
+    model = read_proto(bundle, plan.file)
     _check_operators(model.graph.node, plan.file.file)
     if mixed and mixed.of(plan.spec.name) and plan.file.precision != "fp32":
         model = _kept(model, bundle, plan.spec.name, mixed)
@@ -111,7 +111,7 @@ def _kept(model: onnx.ModelProto, bundle: Bundle, graph: str, mixed: MixedPlan) 
 
 def _matrices(bundle: Bundle, entry: GraphFile, names: Collection[str]) -> dict[str, np.ndarray]:
     """Those of the named weights that a graph has, in float32."""
-    model = onnx.load_from_string(bundle.read(entry.file))
+    model = read_proto(bundle, entry)
     wanted = [tensor for tensor in model.graph.initializer if tensor.name in names]
     del model.graph.initializer[:]
     model.graph.initializer.extend(wanted)
