@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
 from bundle_cases import copied, forge
+from mt3_export.lab.probes import Probe, places_of
 from mt3_export.lab.variants import VARIANTS, changed_products, parse_variants, write_variant
 from mt3_export.products import products
 from mt3_export.quantize_bundle import quantize_bundle
@@ -108,3 +110,37 @@ def test_a_damaged_bundle_leaves_nothing_behind(tiny_bundle, tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(OutputError, match="exists already"):
         write_variant(tiny_bundle, VARIANTS["fp16"], tmp_path / "there", {})
+
+
+def swap_weights(folder, file):
+    """Let two weights of one shape stand in each other's place; the manifest lists the file as it was."""
+    model = onnx.load(folder / file, load_external_data=False)
+    outside = [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    first, second = next((a, b) for a in outside for b in outside if a.name < b.name and a.dims == b.dims)
+    places = [list(first.external_data), list(second.external_data)]
+    for tensor, place in zip((second, first), places, strict=True):
+        del tensor.external_data[:]
+        tensor.external_data.extend(place)
+    (folder / file).write_bytes(model.SerializeToString())
+
+
+def test_a_changed_graph_is_not_used(tiny_bundle, tmp_path):
+    """A bundle's own numbers in a precision, above all: nothing else reads that graph."""
+    quantized = quantize_bundle(tiny_bundle, tmp_path / "quantized", ["int8"])
+    swap_weights(quantized, "encoder.int8.ort.onnx")
+    with pytest.raises(BundleError, match="is not what the manifest lists"):
+        write_variant(open_bundle(quantized), VARIANTS["int8-encoder"], tmp_path / "made", {})
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_changed_graph_of_fp32_is_not_looked_into(tiny_bundle, tmp_path):
+    bundle = open_bundle(copied(tiny_bundle.path, tmp_path / "changed"))
+    swap_weights(bundle.path, "encoder.fp32.ort.onnx")
+    for look in (
+        lambda: changed_products(bundle, VARIANTS["int8"]),
+        lambda: write_variant(bundle, VARIANTS["fp16"], tmp_path / "made", {}),
+        lambda: places_of(bundle, "encoder"),
+        lambda: Probe(bundle, "encoder", "fp32", {}, 1),
+    ):
+        with pytest.raises(BundleError, match="is not what the manifest lists"):
+            look()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from mt3_export.graph_reading import read_graph
 from mt3_export.lab.emulation import FULL
 from mt3_export.lab.errors import ErrorSums
 from mt3_export.lab.results import LayerError
@@ -46,7 +47,7 @@ class Place:
 
 def places_of(bundle: Bundle, graph: str) -> list[Place]:
     """Every product of a graph of fp32, in the order of computation."""
-    found = products(ir.load(bundle.path / bundle.graph(graph, LOWERING, "fp32").file).graph)
+    found = products(read_graph(bundle, bundle.graph(graph, LOWERING, "fp32")).graph)
     return [
         Place(
             layer=layer,
@@ -62,14 +63,14 @@ def places_of(bundle: Bundle, graph: str) -> list[Place]:
 
 
 class Probe:
-    """A graph of a bundle that also gives what is inside of it. Every file was verified when it was loaded before."""
+    """A graph of a bundle that also gives what is inside of it. Weights were verified when it was loaded before."""
 
     def __init__(
         self, bundle: Bundle, graph: str, precision: str, names: Mapping[str, Sequence[str]], threads: int
     ) -> None:
         """Open it; `names`: by label, names that a value may have, the first that is there counts."""
         entry = bundle.graph(graph, LOWERING, precision)
-        model = ir.load(bundle.path / entry.file)
+        model = read_graph(bundle, entry)
         values = _values(model.graph)
         self.seen = {
             label: next((name for name in choices if name in values), None) for label, choices in names.items()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import onnx_ir as ir
 
 from mt3_export.bundle_folder import finish, new_folder, records
+from mt3_export.graph_reading import read_graph
 from mt3_export.lab.emulation import LIMITS, TYPES, emulate, halved
 from mt3_export.qdq import ARITHMETIC, quantize_static
 from mt3_export.quantized import STATIC, form_of, quantizable, quantize
@@ -87,7 +88,7 @@ def changed_products(bundle: Bundle, variant: Variant) -> list[tuple[str, str]]:
     found = []
     for entry in _originals(bundle):
         if variant.changes(entry.graph):
-            graph = ir.load(bundle.path / entry.file).graph
+            graph = read_graph(bundle, entry).graph
             found += [(entry.graph, name) for name in (halved(graph) if variant.is_half else quantizable(graph))]
     return found
 
@@ -143,11 +144,11 @@ class _Writer:
 
     def write(self, entry: GraphFile) -> GraphFile:
         """Write what becomes of a graph of fp32; `entry` has the label of its new precision."""
-        text, graph = self.bundle.read(entry.file), entry.graph
+        graph = entry.graph
         if not self.variant.changes(graph):
-            (self.folder / entry.file).write_bytes(text)
+            (self.folder / entry.file).write_bytes(self.bundle.read(entry.file))
             return entry
-        model = ir.load(self.bundle.path / entry.file)
+        model = read_graph(self.bundle, entry)
         if self.variant.is_half:
             emulate(model, cast("Half", self.variant.precision), self.keep.get(graph, ()))
             changed = replace(entry, file=f"{graph}.{self.variant.precision}.emulated.onnx")
@@ -174,7 +175,7 @@ class _Writer:
             if (entry.graph, entry.lowering, entry.precision) != (graph, LOWERING, self.variant.precision):
                 continue
             self.bundle.verify(entry.weights)
-            own = ir.load(self.bundle.path / entry.file).graph.initializers
+            own = read_graph(self.bundle, entry).graph.initializers
             for name, value in model.graph.initializers.items():
                 mine, theirs = value.const_value, own[name].const_value if name in own else None
                 if mine is not None and theirs is not None and (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype):
