@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bundle_cases import no_blocking, no_open_files_left
 from conftest import TINY_FEATURES, TINY_MODEL
 from graph_cases import relative_error
 from mt3_export import bundle_writer
@@ -30,6 +32,7 @@ from mt3_export.mixed_plan import (
 )
 from mt3_export.products import products
 from mt3_export.quantize_bundle import quantize_bundle
+from mt3_export.toml_file import LIMIT
 from mt3_runtime.backends.ort import open_session
 from mt3_runtime.bundle import demo_bundle_path, open_bundle
 from mt3_runtime.errors import OptionError, OutputError
@@ -123,6 +126,9 @@ def test_a_plan_that_nobody_could_read_is_not_written(tmp_path):
         ("runs = 12", "runs = 12:00:00", "measured.runs is datetime.time"),
         ("[keep]", "[keep", "is not TOML"),
         ("runs = 12", f"runs = {'[' * 9000}", "is not TOML"),
+        ("runs = 12", f"runs = {'9' * 400}", "is not TOML (a whole number takes more than 64 bits): correct it"),
+        ('"tiny"', f"0x{'f' * 9000}", "is not TOML (a whole number takes more than 64 bits)"),
+        ("runs = 12", f"runs{'.a' * 2000} = 12", "is not TOML"),
     ],
 )
 def test_what_is_no_plan_is_refused_with_its_place(tmp_path, old, new, problem):
@@ -139,6 +145,20 @@ def test_what_is_no_plan_is_refused_with_its_place(tmp_path, old, new, problem):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(OptionError, match=r"cannot read plan .*none\.toml .*: name a readable file"):
         read_plan(tmp_path / "none.toml")
+
+
+def test_what_is_no_small_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.toml").symlink_to("/dev/zero")
+    with no_blocking(), no_open_files_left():
+        for path in (Path("/dev/zero"), tmp_path / "pipe", tmp_path / "link.toml", tmp_path):
+            with pytest.raises(OptionError, match="is a folder, a pipe or a device: name a file"):
+                read_plan(path)
+        (tmp_path / "long.toml").write_text(f"{GOOD}\n#" + "x" * (LIMIT - len(GOOD) - 2))
+        assert read_plan(tmp_path / "long.toml").model == "tiny"
+        (tmp_path / "long.toml").write_text(f"{GOOD}\n#" + "x" * (LIMIT - len(GOOD) - 1))
+        with pytest.raises(OptionError, match="is larger than 1048576 bytes: name another file"):
+            read_plan(tmp_path / "long.toml")
 
 
 def test_the_digest_is_of_what_is_obeyed():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import tomllib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,18 +14,48 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+LIMIT = 1 << 20  # bytes: a plan of thousands of products takes a tenth
+LARGEST = 2**63  # of whole numbers, as TOML has it
+
+
 def read_toml(file: Path, kind: str) -> dict[str, Any]:
     """What a file holds; `kind` says what it is meant to be.
 
     Raises:
-        OptionError: it cannot be read, or is not TOML.
+        OptionError: it cannot be read, is no regular file of at most `LIMIT` bytes, or is not TOML.
     """
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        data = tomllib.loads(_read(file, kind).decode())
+        _check_numbers(data)
     except OSError as error:
         raise OptionError(f"cannot read {kind} {file} ({error.strerror}): name a readable file") from None
     except (ValueError, RecursionError) as error:  # what tomllib raises too
         raise OptionError(f"{kind} {file} is not TOML ({' '.join(str(error).split())[:200]}): correct it") from None
+    return data
+
+
+def _read(file: Path, kind: str) -> bytes:
+    """All of a small regular file; a pipe or device is refused without waiting for it."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OptionError(f"{kind} {file} is a folder, a pipe or a device: name a file")
+        with os.fdopen(descriptor, "rb", closefd=False) as stream:
+            data = stream.read(LIMIT + 1)
+    finally:
+        os.close(descriptor)
+    if len(data) > LIMIT:
+        raise OptionError(f"{kind} {file} is larger than {LIMIT} bytes: name another file")
+    return data
+
+
+def _check_numbers(data: Any) -> None:
+    """Raise ValueError for a whole number that TOML has not; such a one can be too large to be said."""
+    if isinstance(data, dict | list):
+        for value in data.values() if isinstance(data, dict) else data:
+            _check_numbers(value)
+    elif isinstance(data, int) and not -LARGEST <= data < LARGEST:
+        raise ValueError("a whole number takes more than 64 bits")
 
 
 @dataclass(frozen=True, slots=True)
