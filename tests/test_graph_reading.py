@@ -71,6 +71,10 @@ def cut_small(model):
     small.raw_data = small.raw_data[:-1]
 
 
+def no_type(model):
+    next(t for t in model.graph.initializer if t.data_location != TensorProto.EXTERNAL).data_type = 99
+
+
 def widen(model):
     external(model).dims[0] += 1
 
@@ -85,6 +89,7 @@ CHANGES = {
     "the graph itself": (place("location", GRAPH), "does not stand in weights.fp32.bin"),
     "larger matrix": (widen, "does not stand in"),
     "small tensor": (cut_small, "no graph of ONNX"),
+    "a type that is none": (no_type, "no graph of ONNX"),
     "no weight": (drop_weight, "nothing in it gives 'weights."),
     "no output": (drop_output, "nothing in it gives 'other'"),
     "inner graph": (read_what_is_not_there_inside, "nothing in it gives 'nowhere'"),

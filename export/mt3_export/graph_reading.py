@@ -64,7 +64,7 @@ def _checked(data: bytes, folder: Path, entry: GraphFile, room: int) -> onnx.Mod
     try:
         model = onnx.load_from_string(data)
         problem = next(_problems(model, entry.weights, room), None)
-    except (DecodeError, ValueError, TypeError):  # TypeError: of types that cannot be
+    except (DecodeError, ValueError, TypeError, KeyError):  # the last two of types that cannot be
         problem = "it is no graph of ONNX"
     if problem:
         raise _refusal(folder, entry, problem)
