@@ -282,8 +282,17 @@ def test_a_notice_of_any_length_that_fits(fast, place):
     fast(place / "new", notice="n" * 50_000)
     assert open_bundle(place / "new").manifest.origin.notice == "n" * 50_000
     with pytest.raises(BundleError, match="more than 65536: shorten the notice"):
-        fast(place / "other", notice="n" * 65_536)
+        fast(place / "other", notice="n" * 65_000)
     assert sorted(path.name for path in place.iterdir()) == ["new", "old"]
+
+
+@pytest.mark.parametrize("notice", ["n" * 65_535, "\N{EIGHTH NOTE}" * 11_000])
+def test_a_notice_that_no_manifest_holds_is_refused_before_the_work(fast, place, monkeypatch, notice):
+    with monkeypatch.context() as patch:
+        patch.setattr(bundle_writer, "_write_graphs", None)
+        with pytest.raises(OptionError, match="a manifest at most 65536: shorten the notice"):
+            bundle_writer.export_bundle(fast.checkpoint, place / "new", notice=notice)
+    assert [path.name for path in place.iterdir()] == ["old"]
 
 
 @pytest.mark.parametrize("notice", ["two\nlines", "\x1b[31mred", "\udc80", "tab\t"])

@@ -452,6 +452,13 @@ def test_export_refuses_an_existing_output_before_reading_weights(capsys, tmp_pa
     assert "exists already" in capsys.readouterr().err
 
 
+def test_export_refuses_a_long_notice_before_reading_weights(capsys, tmp_path):
+    options = ["bundle", "--model", "mt3", "--checkpoint", str(tmp_path / "none.pth")]
+    assert export_cli.main([*options, "--output", str(tmp_path / "out"), "--notice", "n" * 70_000]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(": shorten the notice")
+
+
 def test_export_says_what_a_foreign_file_is(capsys, tmp_path):
     page = tmp_path / "mt3.pth"
     page.write_text("<!DOCTYPE html><html><body>404</body></html>")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from importlib import metadata
 from itertools import product
@@ -22,7 +23,7 @@ from mt3_export.state import printable
 from mt3_export.weights_file import WeightsFile, stored_weights
 from mt3_runtime.errors import BundleError, OptionError
 from mt3_runtime.graphs import FEATURES, QUANTIZED, graph_specs
-from mt3_runtime.manifest import FORMAT, VERSION, GraphFile, Manifest, Origin
+from mt3_runtime.manifest import FORMAT, MANIFEST_LIMIT, VERSION, GraphFile, Manifest, Origin
 from mt3_runtime.specs import VocabularySpec
 from mt3_runtime.version import __version__
 from mt3_runtime.vocabulary import Vocabulary
@@ -61,7 +62,8 @@ def export_bundle(
 
     Raises:
         OutputError: `output` exists, or cannot be written.
-        OptionError: `notice` is not one printable line, the weights do not fit fp16, or a plan does not fit the model.
+        OptionError: `notice` is too long or not one printable line, the weights do not fit fp16, or a plan does not fit
+            the model.
         BundleError: a traced graph does not keep its contract, no backend could run it, or the head has tokens that
             the vocabulary has not.
     """
@@ -72,8 +74,7 @@ def export_bundle(
         )
     vocabulary = vocabulary_of(checkpoint.model, checkpoint.features)
     check_name(checkpoint.model.name)
-    if not notice.isprintable():
-        raise OptionError("the notice holds a line break or a control character: give one line of text")
+    check_notice(notice)
     mixed = plans_by_precision(plans, checkpoint.model.name, graph_specs(checkpoint.model, checkpoint.features))
     with new_folder(output) as folder:
         listed = checked_precisions((*precisions, *mixed))
@@ -99,6 +100,18 @@ def export_bundle(
         )
         finish(folder, manifest)
     return output
+
+
+def check_notice(notice: str) -> None:
+    """Raise OptionError for a notice that no manifest can hold, before the work.
+
+    One that is shorter may still be too long beside the rest of a manifest: `finish` knows.
+    """
+    if not notice.isprintable():
+        raise OptionError("the notice holds a line break or a control character: give one line of text")
+    size = len(json.dumps(notice))
+    if size > MANIFEST_LIMIT:
+        raise OptionError(f"the notice takes {size} bytes, a manifest at most {MANIFEST_LIMIT}: shorten the notice")
 
 
 def vocabulary_of(model: ModelSpec, features: FeatureSpec) -> VocabularySpec:

@@ -156,11 +156,12 @@ def _add_engines(commands: Commands) -> None:
 
 def _bundle(arguments: argparse.Namespace) -> int:
     from mt3_export.bundle_folder import check_output  # noqa: PLC0415
-    from mt3_export.bundle_writer import export_bundle  # noqa: PLC0415
+    from mt3_export.bundle_writer import check_notice, export_bundle  # noqa: PLC0415
     from mt3_export.mixed_plan import read_plan  # noqa: PLC0415
     from mt3_export.precision import checked_precisions  # noqa: PLC0415
 
     check_output(arguments.output)  # before the work
+    check_notice(arguments.notice)
     plans = [read_plan(file) for file in arguments.plan]
     precisions = checked_precisions(arguments.precision)
     checkpoint = load_checkpoint_of(arguments)
