@@ -25,10 +25,12 @@ def read_toml(file: Path, kind: str) -> dict[str, Any]:
         OptionError: it cannot be read, is no regular file of at most `LIMIT` bytes, or is not TOML.
     """
     try:
-        data = tomllib.loads(_read(file, kind).decode())
-        _check_numbers(data)
+        text = _read(file, kind)
     except OSError as error:
         raise OptionError(f"cannot read {kind} {file} ({error.strerror}): name a readable file") from None
+    try:
+        data = tomllib.loads(text.decode())
+        _check_numbers(data)
     except (ValueError, RecursionError) as error:  # what tomllib raises too
         raise OptionError(f"{kind} {file} is not TOML ({' '.join(str(error).split())[:200]}): correct it") from None
     return data
