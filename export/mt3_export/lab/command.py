@@ -17,7 +17,9 @@ from mt3_export.lab.report.page import write_report
 from mt3_export.lab.results import Bisection
 from mt3_export.lab.run import (
     Options,
+    check_calibration,
     check_folder,
+    check_scales,
     collect,
     find_all,
     measure,
@@ -29,7 +31,7 @@ from mt3_export.lab.spreadsheet import write_clips_csv, write_csv
 from mt3_export.lab.timing import time_all
 from mt3_export.lab.variants import VARIANTS, parse_variants
 from mt3_runtime.bundle import open_bundle
-from mt3_runtime.errors import Mt3Error, OptionError
+from mt3_runtime.errors import Mt3Error
 
 if TYPE_CHECKING:
     import argparse
@@ -61,12 +63,12 @@ def measure_precisions(arguments: argparse.Namespace, bundle: Callable[[], Path]
     bisected = check_bisected(arguments.bisect or ())
     check_plan_output(arguments.plan_output, bisected)
     options = _options(arguments)
-    if options.calibration and all(variant.precision != "qdq" for variant in options.variants):
-        raise OptionError("no precision listed is calibrated: leave --calibration out, or add qdq to --precisions")
+    check_calibration(options)
     clips = find_all(options)
     _read_references(clips, options.seconds, say)
     check_folder(options.output)
     opened = open_bundle(bundle())
+    check_scales(options, opened)
     with _progress(say) as (tell, progress):
         laboratory = open_laboratory(replace(options, bundle=opened.path), clips, opened, progress)
         shutil.rmtree(options.output / "work", ignore_errors=True)  # of a run that was killed

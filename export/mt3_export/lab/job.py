@@ -13,11 +13,16 @@ from mt3_export.lab.dataset import ClipFile
 from mt3_export.lab.results import REFERENCE
 from mt3_export.lab.variants import VARIANTS
 from mt3_export.mixed_plan import read_plan
+from mt3_runtime.devices import LOWERINGS
+from mt3_runtime.graphs import QUANTIZED, UNCALIBRATED
 
 if TYPE_CHECKING:
     from mt3_export.lab.variants import Variant
+    from mt3_runtime.bundle import Bundle
+    from mt3_runtime.graphs import Precision
 
 WITH_PLAN = "+plan"
+CALIBRATED = tuple(name for name in QUANTIZED if name not in UNCALIBRATED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +115,11 @@ class Job:
             digest.update(path.read_bytes())
         digest.update((read_plan(Path(self.plan)).digest if self.plan else "").encode())
         return digest.hexdigest()
+
+
+def held_for_cpu(bundle: Bundle) -> frozenset[Precision]:
+    """The precisions whose graphs a bundle has for the CPU: they are taken as they are."""
+    return frozenset(entry.precision for entry in bundle.manifest.graphs if entry.lowering == LOWERINGS["cpu"])
 
 
 def read_job(text: bytes) -> Job:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mt3_export.lab.child import run_child
 from mt3_export.lab.dataset import find_clips, find_sounds
-from mt3_export.lab.job import Job, Sound
+from mt3_export.lab.job import CALIBRATED, Job, Sound, held_for_cpu
 from mt3_export.lab.note_scores import summarise
 from mt3_export.lab.results import (
     FORMAT,
@@ -83,6 +83,33 @@ def find_all(options: Options) -> tuple[ClipFile, ...]:
         if parse_device(device).kind == "auto":
             raise OptionError("the lab does not choose a device: give --devices with cpu, cuda or tensorrt")
     return find_clips(options.audio, options.reference)
+
+
+def check_calibration(options: Options) -> None:
+    """Refuse audio for scales that nobody makes.
+
+    Raises:
+        OptionError: no precision listed needs any, or no device listed is one that scales are made for.
+    """
+    if not options.calibration:
+        return
+    if all(variant.precision not in CALIBRATED for variant in options.variants):
+        raise OptionError("no precision listed is calibrated: leave --calibration out, or add qdq to --precisions")
+    if all(parse_device(device).kind != "cpu" for device in options.devices):
+        raise OptionError("scales are made for the CPU only: leave --calibration out, or give --devices with cpu")
+
+
+def check_scales(options: Options, bundle: Bundle) -> None:
+    """Refuse audio for scales that the bundle has already: its own are what is measured.
+
+    Raises:
+        OptionError: it holds graphs that were calibrated.
+    """
+    if options.calibration and held_for_cpu(bundle) & set(CALIBRATED):
+        raise OptionError(
+            f"{bundle.path} holds qdq, whose scales are measured as they are: "
+            "leave --calibration out, or give a bundle without qdq"
+        )
 
 
 def open_laboratory(options: Options, clips: tuple[ClipFile, ...], bundle: Bundle, progress: Progress) -> Laboratory:
@@ -184,8 +211,8 @@ def collect(
     """Everything that was found, for the report."""
     options = laboratory.options
     heard = options.about or ", ".join(map(str, options.audio))
-    if any(each.precision == "qdq" for each in combinations):
-        heard += f"; scales of qdq from {', '.join(map(str, options.calibration)) or 'the same clips'}"
+    if any(each.precision in CALIBRATED for each in combinations):
+        heard += f"; scales of qdq {_scales_from(laboratory, combinations)}"
     clips = combinations[0].clips
     return Results(
         format=FORMAT,
@@ -204,6 +231,14 @@ def collect(
         combinations=tuple(scored(each, combinations[0]) for each in combinations),
         bisections=tuple(bisections),
     )
+
+
+def _scales_from(laboratory: Laboratory, combinations: Sequence[Combination]) -> str:
+    """Whose the scales of qdq are: made for the CPU alone, and there only for a bundle that has none."""
+    made = any(each.precision in CALIBRATED and parse_device(each.device).kind == "cpu" for each in combinations)
+    if not made or held_for_cpu(laboratory.bundle) & set(CALIBRATED):
+        return "are the bundle's own"
+    return f"from {', '.join(map(str, laboratory.options.calibration)) or 'the same clips'}"
 
 
 def _identity(clip: ClipFile, bundle: Bundle) -> list[str]:

@@ -18,7 +18,7 @@ from mt3_export.calibration import calibrate
 from mt3_export.lab.clips import hear_clips
 from mt3_export.lab.forcing import Forcing
 from mt3_export.lab.isolation import graph_errors
-from mt3_export.lab.job import read_job
+from mt3_export.lab.job import CALIBRATED, held_for_cpu, read_job
 from mt3_export.lab.layers import layer_errors
 from mt3_export.lab.listening import read_samples
 from mt3_export.lab.logits import open_backend
@@ -33,7 +33,6 @@ from mt3_runtime.bundle import Bundle, open_bundle
 from mt3_runtime.devices import LOWERINGS, parse_device
 from mt3_runtime.errors import DependencyError, DeviceError, Mt3Error, OptionError
 from mt3_runtime.files import atomic_write
-from mt3_runtime.graphs import QUANTIZED, UNCALIBRATED
 from mt3_runtime.loading import load
 
 if TYPE_CHECKING:
@@ -107,8 +106,7 @@ def prepare(job: Job) -> Ready:
 
 def _made(job: Job, bundle: Bundle) -> Bundle:
     variant = job.variant
-    held = {entry.precision for entry in bundle.manifest.graphs if entry.lowering == LOWERINGS["cpu"]}
-    if variant.graphs is None and not variant.is_half and not job.plan and variant.precision in held:
+    if variant.graphs is None and not variant.is_half and not job.plan and variant.precision in held_for_cpu(bundle):
         return bundle
     job.work.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(job.work, ignore_errors=True)
@@ -118,7 +116,7 @@ def _made(job: Job, bundle: Bundle) -> Bundle:
 
 def _scales(job: Job, bundle: Bundle) -> Mapping[str, Mapping[str, float]] | None:
     """Scales from audio, where the precision needs some."""
-    if job.variant.precision in UNCALIBRATED or job.variant.precision not in QUANTIZED:
+    if job.variant.precision not in CALIBRATED:
         return None
     audio = [Path(path) for path in job.calibration] or [sound.file.audio for sound in job.clips]
     return calibrate(bundle, audio, threads=job.threads or None).scales

@@ -1,0 +1,72 @@
+"""Where scales of qdq come from in a run of the lab, and what is refused before any work."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import soundfile
+
+from bundle_cases import check_message
+from mt3_export.cli import main
+from mt3_export.lab.results import Combination
+from mt3_export.lab.run import Options, collect, find_all, open_laboratory
+from mt3_export.lab.variants import parse_variants
+from mt3_export.quantize_bundle import quantize_bundle
+from mt3_runtime.bundle import open_bundle
+from mt3_runtime.errors import OptionError
+
+SECONDS = 3.0
+RATE = 16_000
+
+
+@pytest.fixture(scope="module")
+def audio(tmp_path_factory):
+    """One clip of noise: read it, never change it."""
+    path = tmp_path_factory.mktemp("audio") / "a.flac"
+    soundfile.write(path, np.random.default_rng(1).normal(0, 0.1, int(SECONDS * RATE)), RATE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def calibrated(musical_folder, audio, tmp_path_factory):
+    output = tmp_path_factory.mktemp("bundles") / "calibrated"
+    return quantize_bundle(open_bundle(musical_folder), output, ["qdq"], calibration=[audio])
+
+
+def refused(capfd, folder, *arguments):
+    """The error of a run, which must not have made a folder."""
+    assert main(["precision", *map(str, arguments), "--output", str(folder)]) == 2
+    said = capfd.readouterr().err.strip().splitlines()
+    text = said[-1].removeprefix("mt3-export: error: ")
+    check_message(OptionError(text))
+    assert not folder.exists()
+    return text
+
+
+def laboratory(bundle, audio, folder, **options):
+    asked = Options(bundle, (audio,), None, parse_variants(["qdq"]), ("cpu",), folder, threads=1, **options)
+    return open_laboratory(asked, find_all(asked), open_bundle(bundle), lambda *_: None)
+
+
+def test_scales_are_not_made_for_a_bundle_that_has_them(calibrated, audio, tmp_path, capfd):
+    words = (calibrated, "--audio", audio, "--precisions", "qdq", "--calibration", audio)
+    text = refused(capfd, tmp_path / "out", *words)
+    assert text.endswith("leave --calibration out, or give a bundle without qdq")
+
+
+def test_scales_are_not_made_for_devices(musical_folder, audio, tmp_path, capfd):
+    words = (musical_folder, "--audio", audio, "--precisions", "qdq", "--devices", "cuda", "--calibration", audio)
+    assert "scales are made for the CPU only" in refused(capfd, tmp_path / "out", *words)
+
+
+def test_the_report_says_whose_the_scales_are(calibrated, musical_folder, audio, tmp_path):
+    found = [Combination(name, "cpu", emulated=False, outcome="failed", problem="x") for name in ("fp32", "qdq")]
+
+    def heard(name, bundle, combinations=found, **options):
+        ready = laboratory(bundle, audio, tmp_path / name, **options)
+        return collect(ready, combinations, [], allowed_loss=0.0, command="").audio
+
+    assert heard("own", calibrated) == f"{audio}; scales of qdq are the bundle's own"
+    assert heard("clips", musical_folder) == f"{audio}; scales of qdq from the same clips"
+    assert heard("given", musical_folder, calibration=(audio,)) == f"{audio}; scales of qdq from {audio}"
+    assert heard("none", musical_folder, found[:1]) == str(audio)
