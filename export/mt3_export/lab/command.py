@@ -17,6 +17,7 @@ from mt3_export.lab.report.page import write_report
 from mt3_export.lab.results import Bisection
 from mt3_export.lab.run import (
     Options,
+    alone_in,
     check_calibration,
     check_folder,
     check_scales,
@@ -67,9 +68,9 @@ def measure_precisions(arguments: argparse.Namespace, bundle: Callable[[], Path]
     clips = find_all(options)
     _read_references(clips, options.seconds, say)
     check_folder(options.output)
-    opened = open_bundle(bundle())
-    check_scales(options, opened)
-    with _progress(say) as (tell, progress):
+    with alone_in(options.output), _progress(say) as (tell, progress):
+        opened = open_bundle(bundle())
+        check_scales(options, opened)
         laboratory = open_laboratory(replace(options, bundle=opened.path), clips, opened, progress)
         shutil.rmtree(options.output / "work", ignore_errors=True)  # of a run that was killed
         try:

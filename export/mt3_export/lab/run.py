@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
@@ -31,8 +34,9 @@ from mt3_runtime.machine import describe_machine, package_versions
 from mt3_runtime.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+    from typing import BinaryIO
 
     from mt3_export.lab.dataset import ClipFile
     from mt3_export.lab.variants import Variant
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
 
 IDENTITY = "lab.json"  # what the folder's results are of
 EXPORTED = "bundle"  # made of a checkpoint by the command itself
+LOCK = ".lab.lock"  # of the run that is writing; one that was killed leaves it behind, unlocked
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,10 +290,52 @@ def check_folder(folder: Path) -> None:
     """
     try:
         is_ours = (folder / IDENTITY).is_file() or not folder.exists()
-        if not is_ours and not (folder.is_dir() and all(path.name == EXPORTED for path in folder.iterdir())):
+        if not is_ours and not (folder.is_dir() and all(path.name in (EXPORTED, LOCK) for path in folder.iterdir())):
             raise OptionError(f"{folder} exists and is no folder of results: give another --output")
     except OSError as error:
         raise OutputError(f"cannot write {str(folder)!r:.200} ({error.strerror}): give another --output") from None
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Make the folder, and keep other runs out of it as long as this process lives; if it stays empty, it vanishes.
+
+    Raises:
+        OptionError: another run is writing there.
+        OutputError: it cannot be made or written to.
+    """
+    lock = folder / LOCK
+    try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        file = lock.open("ab")
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder} ({error.strerror}): give another --output") from None
+    with file:
+        if not _is_locked(file, lock):
+            raise OptionError(f"another run is writing to {folder}: wait for it, or give another --output")
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # while it is still held, see `_is_locked`
+                lock.unlink()
+            for path in made:
+                with suppress(OSError):  # it holds something
+                    path.rmdir()
+
+
+def _is_locked(file: BinaryIO, path: Path) -> bool:
+    """Lock it; False if somebody else has, or has removed it since it was opened: the name is then free for a third."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # the file system has no locks
+        return True
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _digest(path: Path | None) -> str:

@@ -1,0 +1,105 @@
+"""The folder of a run: one run at a time, no work lost when one is killed, nothing left where nothing was done."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from bundle_cases import check_message
+from mt3_export.cli import main
+from mt3_export.lab.run import IDENTITY, LOCK, alone_in, check_folder
+from mt3_runtime.errors import OptionError, OutputError
+
+SECONDS = 3.0
+RATE = 16_000
+
+
+@pytest.fixture(scope="module")
+def audio(tmp_path_factory):
+    """One clip of noise: read it, never change it."""
+    path = tmp_path_factory.mktemp("audio") / "a.flac"
+    soundfile.write(path, np.random.default_rng(1).normal(0, 0.1, int(SECONDS * RATE)), RATE)
+    return path
+
+
+def run(bundle, audio, folder, *options):
+    words = ["--audio", str(audio), "--output", str(folder), "--threads", "1"]
+    return main(["precision", str(bundle), *words, *map(str, options)])
+
+
+def refused(capfd, *given):
+    """The error of a run."""
+    assert run(*given) == 2
+    text = capfd.readouterr().err.strip().splitlines()[-1].removeprefix("mt3-export: error: ")
+    check_message(OptionError(text))
+    return text
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_second_run_is_refused_and_touches_nothing(musical_folder, audio, tmp_path, capfd):
+    folder = tmp_path / "out"
+    with alone_in(folder):
+        (folder / IDENTITY).write_text("{}")
+        (folder / "work").mkdir()
+        (folder / "work" / "bundle").write_bytes(b"under way")
+        before = content(folder)
+        text = refused(capfd, musical_folder, audio, folder)
+        assert text == f"another run is writing to {folder}: wait for it, or give another --output"
+        assert content(folder) == before
+
+
+def test_the_lock_goes_with_a_process_that_is_killed(tmp_path):
+    folder = tmp_path / "out"
+    script = (
+        "import pathlib, sys, time; from mt3_export.lab.run import alone_in\n"
+        "with alone_in(pathlib.Path(sys.argv[1])): print('in', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"in\n"
+        with pytest.raises(OptionError, match="another run is writing"), alone_in(folder):
+            pass
+        process.kill()
+        process.wait()
+    assert [path.name for path in folder.iterdir()] == [LOCK]
+    check_folder(folder)
+    with alone_in(folder):
+        pass
+    assert list(folder.iterdir()) == []  # it was not this run that made the folder
+
+
+def test_what_stays_empty_vanishes_and_nothing_else(tmp_path):
+    with alone_in(tmp_path / "deep" / "out"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    with alone_in(tmp_path / "deep" / "out"):
+        (tmp_path / "deep" / "out" / "file").touch()
+    assert list(tmp_path.rglob("*")) == [tmp_path / name for name in ("deep", "deep/out", "deep/out/file")]
+
+
+def test_a_lock_that_was_removed_before_it_was_taken_is_none(tmp_path, monkeypatch):
+    """Between opening the file and locking it, the run that held it may have ended."""
+    folder, opened = tmp_path / "out", Path.open
+
+    def open_and_lose(path, *arguments, **options):
+        file = opened(path, *arguments, **options)
+        path.unlink()
+        return file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", open_and_lose)
+        with pytest.raises(OptionError, match="another run is writing"), alone_in(folder):
+            pass
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="give another --output"), alone_in(tmp_path / "file" / "out"):
+        pass
