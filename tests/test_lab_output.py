@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from bundle_cases import check_message
 from mt3_export.cli import main
+from mt3_export.lab import bisections, command, speed
+from mt3_export.lab.results import read_results
 from mt3_export.lab.run import IDENTITY, LOCK, alone_in, check_folder
 from mt3_runtime.errors import OptionError, OutputError
 
@@ -33,10 +34,10 @@ def run(bundle, audio, folder, *options):
 
 
 def refused(capfd, *given):
-    """The error of a run."""
+    """The error of a run: its last words."""
     assert run(*given) == 2
-    text = capfd.readouterr().err.strip().splitlines()[-1].removeprefix("mt3-export: error: ")
-    check_message(OptionError(text))
+    begin, text = capfd.readouterr().err.strip().splitlines()[-1].split("error: ", 1)
+    assert begin == "mt3-export: "
     return text
 
 
@@ -103,3 +104,42 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="give another --output"), alone_in(tmp_path / "file" / "out"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("n" * 300, "the name is too long"), ("", "it is a folder"), ("/dev/null", "device")]
+)
+def test_a_plan_that_cannot_be_written_is_found_before_the_work(name, words, musical_folder, audio, tmp_path, capfd):
+    options = ("--bisect", "int8", "--plan-output", tmp_path / name)
+    assert words in refused(capfd, musical_folder, audio, tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_in_a_protected_folder_is_found_before_the_work(musical_folder, audio, tmp_path, capfd, monkeypatch):
+    plan = tmp_path / "protected" / "plan.toml"
+    plan.parent.mkdir()
+    monkeypatch.setattr(bisections.os, "access", lambda path, mode: Path(path) != plan.parent)
+    options = ("--bisect", "int8", "--plan-output", plan)
+    assert "write-protected" in refused(capfd, musical_folder, audio, tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_that_could_not_be_written_is_an_error_and_the_bisection_stays(
+    musical_folder, audio, tmp_path, capfd, monkeypatch
+):
+    """Its folder vanishes meanwhile."""
+    folder, plan = tmp_path / "out", tmp_path / "plans" / "plan.toml"
+    plan.parent.mkdir()
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+    monkeypatch.setattr(command, "_read_references", lambda *_: plan.parent.rmdir())
+    options = ("--precisions", "fp32", "--bisect", "w8", "--plan-output", plan)
+    assert "create the folder first" in refused(capfd, musical_folder, audio, folder, *options)
+    results = read_results(folder / "results.json")
+    assert [(found.precision, found.plan) for found in results.bisections] == [("w8", "not written")]
+    assert results.combinations[0].speed is not None  # the rest was finished
+    plan.parent.mkdir()
+    monkeypatch.undo()
+    assert run(musical_folder, audio, folder, *options) == 0
+    assert "bisection of w8: kept from an earlier run" in capfd.readouterr().err
+    assert plan.is_file()
+    assert read_results(folder / "results.json").bisections[0].plan == plan.name

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mt3_export.lab.bisection import Trial, bisect_precision
@@ -12,18 +14,18 @@ from mt3_export.lab.variants import VARIANTS
 from mt3_export.lab.worker import material_of
 from mt3_export.mixed_plan import ROUNDED, MixedPlan, write_plan
 from mt3_runtime.errors import OptionError, OutputError
-from mt3_runtime.files import atomic_write
+from mt3_runtime.files import atomic_write, check_target
 from mt3_runtime.loading import load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from mt3_export.lab.job import Job
     from mt3_export.lab.run import Laboratory
     from mt3_export.lab.variants import Variant
 
 ROWS = 48  # rows told in every trial: there are some forty
+UNWRITTEN = "not written"  # in place of a plan's name
 
 
 def check_bisected(names: Sequence[str]) -> tuple[Variant, ...]:
@@ -44,49 +46,58 @@ def check_plan_output(path: Path | None, bisected: Sequence[Variant]) -> None:
 
     Raises:
         OptionError: there is not one plan to write, or there is such a file, which somebody may have made.
-        OutputError: its folder does not exist.
+        OutputError: no file can be made there.
     """
     if path is None:
         return
     if len(bisected) != 1:
         raise OptionError("--plan-output is the file of one plan: give --bisect with one precision, or leave it out")
+    check_target(path)
     if path.exists():
         raise OptionError(f"{path} exists already: remove it, or give another --plan-output")
     if not path.absolute().parent.is_dir():
         raise OutputError(f"folder {path.parent} does not exist: create it, or give another --plan-output")
+    if not os.access(Path(os.path.realpath(path)).parent, os.W_OK):
+        raise OutputError(f"folder {path.parent} is write-protected: give another --plan-output")
 
 
-def bisect_one(laboratory: Laboratory, variant: Variant, plan: Path, say: Callable[[str], None]) -> Bisection:
-    """Find the worst products of a precision, or what an earlier run found, and write the plan.
+def bisect_one(laboratory: Laboratory, variant: Variant, say: Callable[[str], None]) -> Bisection:
+    """The worst products of a precision, found now, or what an earlier run found; its plan is yet to be written.
 
     Raises:
         OptionError: there is nothing to bisect.
-        OutputError: the plan cannot be written.
+        OutputError: the bundles that are tried cannot be written.
     """
     reference = laboratory.jobs[0]
-    kept = reference.results / f"bisection.{variant.name}.json"
-    found = None if laboratory.options.again else read_kept(Bisection, kept)
+    found = None if laboratory.options.again else read_kept(Bisection, _kept(laboratory, variant.name))
     if found:
         say(f"bisection of {variant.name}: kept from an earlier run")
-    else:
-        transcriber = load(laboratory.bundle.path, "cpu", precision="fp32", threads=reference.threads or None)
-        material = material_of(replace(reference, rows=ROWS), transcriber)
-        trial = Trial(
-            laboratory.bundle,
-            variant,
-            material,
-            reference.work.with_name(f"bisection.{variant.name}"),
-            reference.threads,
-        )
-        found = bisect_precision(trial, say)
-        atomic_write(kept, to_json(found))
-    write_plan(_plan(laboratory, found), plan, f"Made by mt3-export precision --bisect {variant.name}.")
+        return found
+    transcriber = load(laboratory.bundle.path, "cpu", precision="fp32", threads=reference.threads or None)
+    material = material_of(replace(reference, rows=ROWS), transcriber)
+    work = reference.work.with_name(f"bisection.{variant.name}")
+    trial = Trial(laboratory.bundle, variant, material, work, reference.threads)
+    return replace(bisect_precision(trial, say), plan=UNWRITTEN)
+
+
+def save_bisection(laboratory: Laboratory, found: Bisection, plan: Path) -> Bisection:
+    """Keep what was found for later runs, and write the plan, whose name the result has.
+
+    Raises:
+        OutputError: that cannot be written; what was found is no less true.
+    """
+    atomic_write(_kept(laboratory, found.precision), to_json(found))
+    write_plan(_plan(laboratory, found), plan, f"Made by mt3-export precision --bisect {found.precision}.")
     return replace(found, plan=plan.name)
 
 
 def planned(job: Job, variant: Variant, plan: Path) -> Job:
     """The job that measures a plan."""
     return replace(job, precision=variant.name, plan=str(plan.absolute()))
+
+
+def _kept(laboratory: Laboratory, precision: str) -> Path:
+    return laboratory.jobs[0].results / f"bisection.{precision}.json"
 
 
 def _plan(laboratory: Laboratory, found: Bisection) -> MixedPlan:

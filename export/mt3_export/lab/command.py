@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mt3_export.lab.advice import recommend
-from mt3_export.lab.bisections import bisect_one, check_bisected, check_plan_output, planned
+from mt3_export.lab.bisections import bisect_one, check_bisected, check_plan_output, planned, save_bisection
 from mt3_export.lab.dataset import read_reference
 from mt3_export.lab.overlays import draw_overlays
 from mt3_export.lab.report.page import write_report
@@ -32,7 +32,7 @@ from mt3_export.lab.spreadsheet import write_clips_csv, write_csv
 from mt3_export.lab.timing import time_all
 from mt3_export.lab.variants import VARIANTS, parse_variants
 from mt3_runtime.bundle import open_bundle
-from mt3_runtime.errors import Mt3Error
+from mt3_runtime.errors import Mt3Error, OutputError
 
 if TYPE_CHECKING:
     import argparse
@@ -85,6 +85,7 @@ def _measure(
     command = shlex.join(["mt3-export", *sys.argv[1:]])
     jobs = list(laboratory.jobs)
     combinations, bisections = list(measure(laboratory, tell, progress)), list[Bisection]()
+    unwritten: OutputError | None = None
 
     def report() -> str:
         results = collect(laboratory, combinations, bisections, allowed_loss=arguments.allow, command=command)
@@ -94,15 +95,25 @@ def _measure(
     for variant in bisected:
         plan = arguments.plan_output or laboratory.options.output / f"plan.{variant.name}.toml"
         try:
-            bisections.append(bisect_one(laboratory, variant, plan, tell))
+            found = bisect_one(laboratory, variant, tell)
         except Mt3Error as error:
             tell(f"{variant.name} is not bisected: {error}")
+            continue
+        try:
+            bisections.append(save_bisection(laboratory, found, plan))
+        except OutputError as error:  # what was found belongs in the report all the same
+            bisections.append(found)
+            unwritten = error
             continue
         if bisections[-1].kept:
             jobs.append(planned(laboratory.jobs[0], variant, plan))
             combinations.append(measure_one(jobs[-1], tell, progress, again=arguments.again))
     combinations[:] = time_all(laboratory, jobs, combinations, progress)
-    return report()
+    text = report()
+    if unwritten:
+        tell(text)
+        raise unwritten
+    return text
 
 
 def write_all(laboratory: Laboratory, results: Results) -> str:
