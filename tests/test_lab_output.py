@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +15,22 @@ import soundfile
 
 from mt3_export.cli import main
 from mt3_export.lab import bisections, command, speed
-from mt3_export.lab.results import read_results
-from mt3_export.lab.run import IDENTITY, LOCK, alone_in, check_folder
+from mt3_export.lab.listening import Said
+from mt3_export.lab.material import read_rows, save_rows
+from mt3_export.lab.results import Speed, read_results, to_json
+from mt3_export.lab.run import (
+    IDENTITY,
+    LOCK,
+    Options,
+    alone_in,
+    check_folder,
+    find_all,
+    open_laboratory,
+    read_combination,
+)
+from mt3_export.lab.variants import parse_variants
+from mt3_export.lab.worker import run as run_job
+from mt3_runtime.bundle import open_bundle
 from mt3_runtime.errors import OptionError, OutputError
 
 SECONDS = 3.0
@@ -26,6 +43,10 @@ def audio(tmp_path_factory):
     path = tmp_path_factory.mktemp("audio") / "a.flac"
     soundfile.write(path, np.random.default_rng(1).normal(0, 0.1, int(SECONDS * RATE)), RATE)
     return path
+
+
+def ignored(*_):
+    pass
 
 
 def run(bundle, audio, folder, *options):
@@ -143,3 +164,35 @@ def test_a_plan_that_could_not_be_written_is_an_error_and_the_bisection_stays(
     assert "bisection of w8: kept from an earlier run" in capfd.readouterr().err
     assert plan.is_file()
     assert read_results(folder / "results.json").bisections[0].plan == plan.name
+
+
+def test_what_fp32_said_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "fp32-cpu.rows.npz"
+    save_rows(path, [[Said(0, 0, np.arange(3, dtype=np.int32), "ended", fell_back=False, is_silent=False)]])
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OutputError, match="the disk is full"):
+        save_rows(path, [])
+    assert content(tmp_path) == {Path(path.name): before}
+    [[said]] = read_rows(path, 1)
+    assert said.tokens.tolist() == [0, 1, 2]
+
+
+def test_damaged_files_of_fp32_are_made_again(musical_folder, audio, tmp_path):
+    asked = Options(musical_folder, (audio,), None, parse_variants(["fp32"]), ("cpu",), tmp_path / "out", threads=1)
+    job = open_laboratory(asked, find_all(asked), open_bundle(musical_folder), ignored).jobs[0]
+    found = run_job(job, ignored)
+    assert found.outcome == "done"
+    job.result.write_bytes(to_json(replace(found, speed=Speed(1.0, 1.0, 1.0, 1.0, 1, 1.0, 1.0, 1.0))))
+    assert read_combination(job)
+    for path in (job.reference_rows, job.reference_notes):
+        whole = path.read_bytes()
+        for damaged in (whole[:-7], b"", b"[]", whole[: len(whole) // 2] + b"\x00\x07" + whole[len(whole) // 2 :]):
+            path.write_bytes(damaged)
+            assert read_combination(job) is None, (path.name, damaged[:9])
+        path.write_bytes(whole)
+        assert read_combination(job)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from io import BytesIO
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mt3_export.lab.listening import Said
+from mt3_runtime.files import atomic_write
 from mt3_runtime.memory import SongMemory
 from mt3_runtime.rows import DecodedRow
 from mt3_runtime.segments import iter_segments
@@ -48,7 +50,11 @@ class Material:
 
 
 def save_rows(path: Path, clips: Sequence[Sequence[Said]]) -> None:
-    """Write what every clip's rows said."""
+    """Write what every clip's rows said.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     rows = [(clip, said) for clip, listed in enumerate(clips) for said in listed]
     numbers = [
         (
@@ -63,15 +69,15 @@ def save_rows(path: Path, clips: Sequence[Sequence[Said]]) -> None:
         for clip, said in rows
     ]
     tokens = np.concatenate([np.empty(0, np.int32), *(said.tokens for _, said in rows)])
-    temporary = path.with_suffix(".partial.npz")
-    np.savez(temporary, numbers=np.array(numbers, np.int64).reshape(-1, 7), tokens=tokens)
-    temporary.replace(path)
+    data = BytesIO()
+    np.savez(data, numbers=np.array(numbers, np.int64).reshape(-1, 7), tokens=tokens)
+    atomic_write(path, data.getvalue())
 
 
 def read_rows(path: Path, count: int) -> list[list[Said]]:
     """What `save_rows` wrote of `count` clips."""
     clips: list[list[Said]] = [[] for _ in range(count)]
-    with np.load(path, allow_pickle=False) as file:
+    with np.load(BytesIO(path.read_bytes()), allow_pickle=False) as file:  # numpy leaves damaged files open
         numbers, tokens = file["numbers"], file["tokens"]
     start = 0
     for clip, segment, channel, status, fell_back, silent, length in numbers.tolist():

@@ -12,8 +12,10 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from mt3_export.lab.child import run_child
+from mt3_export.lab.clips import read_notes
 from mt3_export.lab.dataset import find_clips, find_sounds
 from mt3_export.lab.job import CALIBRATED, Job, Sound, held_for_cpu
+from mt3_export.lab.material import read_rows
 from mt3_export.lab.note_scores import summarise
 from mt3_export.lab.results import (
     FORMAT,
@@ -186,10 +188,19 @@ def read_combination(job: Job) -> Combination | None:
     found = read_kept(Combination, job.result)
     if found is None:
         return None
-    if job.name == REFERENCE and not (job.reference_rows.exists() and job.reference_notes.exists()):
+    if job.name == REFERENCE and not _is_readable(job):
         return None
     is_whole = found.outcome == "done" and (found.emulated or found.speed is not None)
     return found if is_whole and found.compared_with == job.compared_with() else None
+
+
+def _is_readable(job: Job) -> bool:
+    """Whether what fp32 said and heard is there and whole: all others are compared with it."""
+    try:
+        read_rows(job.reference_rows, len(job.clips))
+        return len(read_notes(job.reference_notes)) == len(job.clips)
+    except Exception:  # noqa: BLE001 -- what a damaged file raises is not foreseen; it is made again, whatever it is
+        return False
 
 
 def scored(combination: Combination, reference: Combination) -> Combination:
