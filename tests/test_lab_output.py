@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ import soundfile
 
 from mt3_export.cli import main
 from mt3_export.lab import bisections, command, speed
+from mt3_export.lab.exported import export_once
 from mt3_export.lab.listening import Said
 from mt3_export.lab.material import read_rows, save_rows
 from mt3_export.lab.results import Speed, read_results, to_json
@@ -52,6 +54,10 @@ def ignored(*_):
 def run(bundle, audio, folder, *options):
     words = ["--audio", str(audio), "--output", str(folder), "--threads", "1"]
     return main(["precision", str(bundle), *words, *map(str, options)])
+
+
+def options(bundle, audio, folder):
+    return Options(bundle, (audio,), None, parse_variants(["fp32"]), ("cpu",), folder, threads=1)
 
 
 def refused(capfd, *given):
@@ -183,7 +189,7 @@ def test_what_fp32_said_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_damaged_files_of_fp32_are_made_again(musical_folder, audio, tmp_path):
-    asked = Options(musical_folder, (audio,), None, parse_variants(["fp32"]), ("cpu",), tmp_path / "out", threads=1)
+    asked = options(musical_folder, audio, tmp_path / "out")
     job = open_laboratory(asked, find_all(asked), open_bundle(musical_folder), ignored).jobs[0]
     found = run_job(job, ignored)
     assert found.outcome == "done"
@@ -196,3 +202,48 @@ def test_damaged_files_of_fp32_are_made_again(musical_folder, audio, tmp_path):
             assert read_combination(job) is None, (path.name, damaged[:9])
         path.write_bytes(whole)
         assert read_combination(job)
+
+
+def test_a_folder_of_a_killed_export_is_gone_on_in(tiny_checkpoint, tmp_path, monkeypatch):
+    """What a process that has the time cleans up is looked at before it does."""
+    folder, killed = tmp_path / "out", tmp_path / "killed"
+
+    def leftovers(path):
+        return [each.name for each in path.glob(".bundle.*.partial")]
+
+    def interrupted(*_, **__):
+        if not killed.exists():
+            shutil.copytree(folder, killed)
+        seen.append(leftovers(folder))
+        raise KeyboardInterrupt
+
+    seen = []
+    monkeypatch.setattr("mt3_export.bundle_writer._write_graphs", interrupted)
+    with pytest.raises(KeyboardInterrupt), alone_in(folder):
+        export_once(tiny_checkpoint, folder, gpus=False)
+    (killed / ".mt3-0123456789abcdef.tmp").touch()
+    assert [leftovers(killed)] == seen
+    check_folder(killed)
+    folder = killed
+    with pytest.raises(KeyboardInterrupt), alone_in(folder):
+        export_once(tiny_checkpoint, folder, gpus=False)
+    assert [len(names) for names in seen] == [1, 1]  # the other export's is gone
+    assert seen[0] != seen[1]
+    (killed / ".bundle.mine.partial").touch()
+    with pytest.raises(OptionError, match="no folder of results"):
+        check_folder(killed)
+
+
+def test_a_run_killed_before_its_first_result_is_resumed(musical_folder, audio, tmp_path, monkeypatch):
+    asked, bundle = options(musical_folder, audio, tmp_path / "out"), open_bundle(musical_folder)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mt3_export.lab.run.atomic_write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_laboratory(asked, find_all(asked), bundle, ignored)
+    check_folder(asked.output)
+    open_laboratory(asked, find_all(asked), bundle, ignored)
+    assert {path.name for path in asked.output.iterdir()} == {IDENTITY, "combinations"}

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import product
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 IDENTITY = "lab.json"  # what the folder's results are of
 EXPORTED = "bundle"  # made of a checkpoint by the command itself
 LOCK = ".lab.lock"  # of the run that is writing; one that was killed leaves it behind, unlocked
+# All that a run can leave that is killed before it writes what the folder is of: also halves of a bundle and of a file.
+BEGUN = re.compile(rf"{EXPORTED}|{re.escape(LOCK)}|\.{EXPORTED}\.[0-9a-f]{{12}}\.partial|\.mt3-[0-9a-f]{{16}}\.tmp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,10 +289,13 @@ def _claim(options: Options, bundle: Bundle, clips: Sequence[list[str]]) -> None
         raise OptionError(f"{options.output} holds results of {of}: give another --output")
     check_folder(options.output)
     try:
-        (options.output / "combinations").mkdir(parents=True, exist_ok=True)
+        options.output.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, text)  # before anything that `check_folder` would not know
+        (options.output / "combinations").mkdir(exist_ok=True)
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(f"cannot make {options.output} ({error.strerror}): choose another --output") from None
-    atomic_write(path, text)
 
 
 def check_folder(folder: Path) -> None:
@@ -301,7 +307,7 @@ def check_folder(folder: Path) -> None:
     """
     try:
         is_ours = (folder / IDENTITY).is_file() or not folder.exists()
-        if not is_ours and not (folder.is_dir() and all(path.name in (EXPORTED, LOCK) for path in folder.iterdir())):
+        if not is_ours and not (folder.is_dir() and all(BEGUN.fullmatch(path.name) for path in folder.iterdir())):
             raise OptionError(f"{folder} exists and is no folder of results: give another --output")
     except OSError as error:
         raise OutputError(f"cannot write {str(folder)!r:.200} ({error.strerror}): give another --output") from None
