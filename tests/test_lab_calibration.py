@@ -7,7 +7,9 @@ import pytest
 import soundfile
 
 from bundle_cases import check_message
+from mt3_export.calibration import Calibration, calibrate, choose_passages
 from mt3_export.cli import main
+from mt3_export.lab import worker
 from mt3_export.lab.results import Combination
 from mt3_export.lab.run import Options, collect, find_all, open_laboratory
 from mt3_export.lab.variants import parse_variants
@@ -70,3 +72,28 @@ def test_the_report_says_whose_the_scales_are(calibrated, musical_folder, audio,
     assert heard("clips", musical_folder) == f"{audio}; scales of qdq from the same clips"
     assert heard("given", musical_folder, calibration=(audio,)) == f"{audio}; scales of qdq from {audio}"
     assert heard("none", musical_folder, found[:1]) == str(audio)
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_scales_of_the_beginning_are_those_of_a_file_that_was_cut(memory, tiny_bundle, context_bundle, audio, tmp_path):
+    """Of 1.5 segments, where the file has 4 and gets louder."""
+    bundle, seconds = context_bundle if memory else tiny_bundle, 3.072
+    noise = np.random.default_rng(2).normal(0, 0.05, 4 * 32_768).astype(np.float32)
+    noise *= np.linspace(1, 10, len(noise), dtype=np.float32)
+    for name, samples in (("whole", noise), ("cut", noise[: round(seconds * RATE)])):
+        soundfile.write(tmp_path / f"{name}.wav", samples, RATE, subtype="FLOAT")
+    whole, cut = [tmp_path / "whole.wav"], [tmp_path / "cut.wav"]
+    found = calibrate(bundle, whole, threads=1, seconds=seconds)
+    assert found == calibrate(bundle, cut, threads=1)
+    assert found.segments == 2
+    assert found != calibrate(bundle, whole, threads=1)
+    assert list(choose_passages(bundle, whole, 64, seconds).values()) == [[0] if memory else [0, 1]]
+
+
+def test_of_clips_what_is_measured_makes_the_scales_of_other_audio_all(musical_folder, audio, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(worker, "calibrate", lambda *_, seconds=None, **__: asked.append(seconds) or Calibration({}, 1))
+    for name, options in (("clips", {}), ("given", {"calibration": (audio,)})):
+        job = laboratory(musical_folder, audio, tmp_path / name, seconds=1.5, **options).jobs[-1]
+        worker._scales(job, open_bundle(job.bundle))
+    assert asked == [1.5, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,7 @@ def calibrate(
     *,
     segments: int = SEGMENTS,
     threads: int | None = None,
+    seconds: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
     """Transcribe segments of audio, evenly spaced over all of it, and choose the scales.
@@ -61,6 +63,7 @@ def calibrate(
         audio: files and folders.
         segments: how many at most.
         threads: of ONNX Runtime.
+        seconds: of each file, from its start; None for all.
         progress: is told how many passages of audio are done, and how many there are.
 
     Raises:
@@ -69,11 +72,11 @@ def calibrate(
         DependencyError: onnxruntime is not installed.
         OptionError: there is no audio, or nothing to hear in it.
     """
-    passages = choose_passages(bundle, audio, segments)
+    passages = choose_passages(bundle, audio, segments, seconds)
     watch = Watch(bundle, threads)
     transcriber = Transcriber(bundle, watch, name=str(bundle.path), silence=DIGITAL)
     heard = 0
-    for done, samples in enumerate(_read(bundle, passages), start=1):
+    for done, samples in enumerate(_read(bundle, passages, seconds), start=1):
         found = transcriber.transcribe(samples, bundle.manifest.features.sample_rate).provenance
         heard += found.segments - len(found.silent_segments)
         if progress:
@@ -83,14 +86,17 @@ def calibrate(
     return Calibration(watch.scales(), heard)
 
 
-def choose_passages(bundle: Bundle, audio: Sequence[Path], segments: int) -> dict[Path, list[int]]:
+def choose_passages(
+    bundle: Bundle, audio: Sequence[Path], segments: int, seconds: float | None = None
+) -> dict[Path, list[int]]:
     """Which passages of which files are heard: as many segments of audio as `passage_length` says, from 0 on."""
     features = bundle.manifest.features
     length = passage_length(bundle)
     counts: dict[Path, int] = {}
     for path in sorted(find_sounds(audio)):
         with open_audio(path, sample_rate=features.sample_rate) as stream:
-            counts[path] = -(-segment_count(stream.expected, features) // length)
+            samples = min(stream.expected, _limit(features, seconds))
+            counts[path] = -(-segment_count(samples, features) // length)
     total = sum(counts.values())
     wanted = min(total, max(1, segments // length))
     picked = (2 * np.arange(wanted) + 1) * total // (2 * wanted)
@@ -106,18 +112,34 @@ def passage_length(bundle: Bundle) -> int:
     return 2 if bundle.manifest.model.memory else 1
 
 
-def _read(bundle: Bundle, passages: Mapping[Path, Collection[int]]) -> Iterator[FloatArray]:
+def _limit(features: FeatureSpec, seconds: float | None) -> int:
+    """Samples of a file that are heard at most."""
+    return sys.maxsize if seconds is None else round(seconds * features.sample_rate)
+
+
+def _read(
+    bundle: Bundle, passages: Mapping[Path, Collection[int]], seconds: float | None = None
+) -> Iterator[FloatArray]:
     """Samples of every passage; a passage too short to be transcribed is left out."""
     features, vocabulary = bundle.manifest.features, bundle.manifest.vocabulary
     length = passage_length(bundle)
     for path, places in passages.items():
         with open_audio(path, sample_rate=features.sample_rate) as stream:
-            segments = stream_segments(stream.blocks, features, vocabulary)
+            segments = stream_segments(_first(stream.blocks, _limit(features, seconds)), features, vocabulary)
             for place, passage in groupby(segments, lambda segment: segment.index // length):
                 if place in places:
                     samples = _joined(list(passage), features)
                     if len(samples) >= DEFAULT_LIMITS.min_samples:
                         yield samples
+
+
+def _first(blocks: Iterator[FloatArray], count: int) -> Iterator[FloatArray]:
+    """Blocks [samples] of so many samples together, or of all."""
+    for block in blocks:
+        yield block[:count]
+        count -= len(block)
+        if count <= 0:
+            return
 
 
 def _joined(passage: Sequence[Segment], features: FeatureSpec) -> FloatArray:

@@ -118,8 +118,11 @@ def _scales(job: Job, bundle: Bundle) -> Mapping[str, Mapping[str, float]] | Non
     """Scales from audio, where the precision needs some."""
     if job.variant.precision not in CALIBRATED:
         return None
-    audio = [Path(path) for path in job.calibration] or [sound.file.audio for sound in job.clips]
-    return calibrate(bundle, audio, threads=job.threads or None).scales
+    threads = job.threads or None
+    if job.calibration:
+        return calibrate(bundle, [Path(path) for path in job.calibration], threads=threads).scales
+    # Of the clips what is measured, and no more: the rest of them may be other music.
+    return calibrate(bundle, [sound.file.audio for sound in job.clips], threads=threads, seconds=job.seconds).scales
 
 
 def _measure(job: Job, ready: Ready, say: Say) -> Combination:
