@@ -11,7 +11,7 @@ from mt3_export.calibration import Calibration, calibrate, choose_passages
 from mt3_export.cli import main
 from mt3_export.lab import worker
 from mt3_export.lab.results import Combination
-from mt3_export.lab.run import Options, collect, find_all, open_laboratory
+from mt3_export.lab.run import SHORTEST, Options, collect, find_all, open_laboratory
 from mt3_export.lab.variants import parse_variants
 from mt3_export.quantize_bundle import quantize_bundle
 from mt3_runtime.bundle import open_bundle
@@ -97,3 +97,33 @@ def test_of_clips_what_is_measured_makes_the_scales_of_other_audio_all(musical_f
         job = laboratory(musical_folder, audio, tmp_path / name, seconds=1.5, **options).jobs[-1]
         worker._scales(job, open_bundle(job.bundle))
     assert asked == [1.5, None]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--precisions", "qdq", "--calibration", "nowhere.wav"), "'nowhere.wav' cannot be read"),
+        (("--seconds", "0.001"), "--seconds 0.001 is too short to be heard: give at least 0.01"),
+        (("--threads", "99999"), "--threads 99999 is more than 1024: give one for each core at most"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_the_export(arguments, words, audio, tmp_path, capfd):
+    given = ["--checkpoint", "nowhere.pth", "--model", "mt3", "--audio", str(audio), *arguments]
+    assert main(["precision", *given, "--output", str(tmp_path / "out")]) == 2
+    assert words in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_least_seconds_are_enough(musical_folder, audio, tmp_path):
+    ready = laboratory(musical_folder, audio, tmp_path / "out", seconds=SHORTEST)
+    assert worker.run(ready.jobs[0], lambda *_: None).outcome == "done"
+
+
+def test_a_broken_file_to_calibrate_with_is_found_before_any_work(musical_folder, audio, tmp_path, capfd):
+    whole, broken = audio.read_bytes(), tmp_path / "broken.flac"
+    for data in (whole[: len(whole) // 2], b"no sound"):
+        broken.write_bytes(data)
+        words = (musical_folder, "--audio", audio, "--precisions", "qdq", "--calibration", broken)
+        assert main(["precision", *map(str, words), "--output", str(tmp_path / "out")]) == 2
+        assert "broken.flac" in capfd.readouterr().err
+        assert not (tmp_path / "out").exists()

@@ -33,6 +33,7 @@ from mt3_runtime.audio import open_audio
 from mt3_runtime.devices import parse_device
 from mt3_runtime.errors import DeviceError, OptionError, OutputError
 from mt3_runtime.files import atomic_write
+from mt3_runtime.loading import MAX_THREADS
 from mt3_runtime.machine import describe_machine, package_versions
 from mt3_runtime.version import __version__
 
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     Progress = Callable[[str, int, int], None]
 
 IDENTITY = "lab.json"  # what the folder's results are of
+SHORTEST = 0.01  # seconds: a hop of the family at its rate, see `AudioLimits`, takes 0.008
 EXPORTED = "bundle"  # made of a checkpoint by the command itself
 LOCK = ".lab.lock"  # of the run that is writing; one that was killed leaves it behind, unlocked
 # All that a run can leave that is killed before it writes what the folder is of: also halves of a bundle and of a file.
@@ -87,11 +89,18 @@ def find_all(options: Options) -> tuple[ClipFile, ...]:
     """The clips, once all else that was asked for is known to make sense.
 
     Raises:
-        OptionError: a device is unknown, or there are no clips, or not all have references.
+        OptionError: a device is unknown, a number is one that nothing can run with, there are no clips or not all have
+            references, or there are no files to calibrate with.
     """
     for device in options.devices:
         if parse_device(device).kind == "auto":
             raise OptionError("the lab does not choose a device: give --devices with cpu, cuda or tensorrt")
+    if options.threads > MAX_THREADS:
+        raise OptionError(f"--threads {options.threads} is more than {MAX_THREADS}: give one for each core at most")
+    if options.seconds is not None and options.seconds < SHORTEST:
+        raise OptionError(f"--seconds {options.seconds:g} is too short to be heard: give at least {SHORTEST}")
+    if options.calibration:
+        find_sounds(options.calibration)
     return find_clips(options.audio, options.reference)
 
 
@@ -123,18 +132,21 @@ def check_scales(options: Options, bundle: Bundle) -> None:
 
 
 def open_laboratory(options: Options, clips: tuple[ClipFile, ...], bundle: Bundle, progress: Progress) -> Laboratory:
-    """Read every clip to its end, and make the output folder, or go on in it.
+    """Read every clip, and what is calibrated with, to its end, and make the output folder, or go on in it.
 
     Raises:
-        AudioError: a clip cannot be read, which is found out here and not after hours.
+        AudioError: a file cannot be read, which is found out here and not after hours.
         OptionError: the folder holds something else.
         OutputError: the folder cannot be made.
     """
-    known = []
-    for done, clip in enumerate(clips):
-        progress("reads", done, len(clips))
-        known.append(_identity(clip, bundle))
-    _claim(options, bundle, known)
+    calibration = find_sounds(options.calibration) if options.calibration else ()
+    paths = dict.fromkeys([*(clip.audio for clip in clips), *calibration])
+    digests: dict[Path, str] = {}
+    for done, path in enumerate(paths):
+        progress("reads", done, len(paths))
+        digests[path] = _heard(path, bundle)
+    known = [[clip.name, digests[clip.audio], _digest(clip.reference)] for clip in clips]
+    _claim(options, bundle, known, [digests[path] for path in calibration])
     sounds = tuple(Sound(clip.name, str(clip.audio.absolute()), _path(clip.reference)) for clip in clips)
     pairs = dict.fromkeys([("fp32", "cpu"), *((v.name, d) for d, v in product(options.devices, options.variants))])
     jobs = tuple(_job(options, bundle, sounds, *pair) for pair in pairs)
@@ -260,23 +272,22 @@ def _scales_from(laboratory: Laboratory, combinations: Sequence[Combination]) ->
     return f"from {', '.join(map(str, laboratory.options.calibration)) or 'the same clips'}"
 
 
-def _identity(clip: ClipFile, bundle: Bundle) -> list[str]:
-    """What a clip is known by; it is read to its end."""
-    with open_audio(clip.audio, sample_rate=bundle.manifest.features.sample_rate) as stream:
+def _heard(path: Path, bundle: Bundle) -> str:
+    """The digest of a sound file that was decoded to its end."""
+    with open_audio(path, sample_rate=bundle.manifest.features.sample_rate) as stream:
         for _ in stream.blocks:
             pass
-    return [clip.name, _digest(clip.audio), _digest(clip.reference)]
+    return _digest(path)
 
 
-def _claim(options: Options, bundle: Bundle, clips: Sequence[list[str]]) -> None:
+def _claim(options: Options, bundle: Bundle, clips: Sequence[list[str]], calibration: Sequence[str]) -> None:
     """Make the folder, or check that it is of the same bundle, clips and machine."""
-    calibration = find_sounds(options.calibration) if options.calibration else ()
     identity = {
         "format": FORMAT,
         "version": [VERSION, __version__, package_versions().get("onnxruntime"), describe_machine().cpu_name],
         "bundle": bundle.sha256,
         "clips": list(clips),
-        "calibration": [_digest(path) for path in calibration],
+        "calibration": list(calibration),
         "seconds": options.seconds,
         "rows": options.rows,
         "threads": options.threads,
