@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from bundle_cases import seal
 from mt3_export.cli import main
 from mt3_export.lab import bisections, command, speed
 from mt3_export.lab.exported import export_once
@@ -21,6 +23,7 @@ from mt3_export.lab.listening import Said
 from mt3_export.lab.material import read_rows, save_rows
 from mt3_export.lab.results import Speed, read_results, to_json
 from mt3_export.lab.run import (
+    EXPORTED,
     IDENTITY,
     LOCK,
     Options,
@@ -247,3 +250,22 @@ def test_a_run_killed_before_its_first_result_is_resumed(musical_folder, audio, 
     check_folder(asked.output)
     open_laboratory(asked, find_all(asked), bundle, ignored)
     assert {path.name for path in asked.output.iterdir()} == {IDENTITY, "combinations"}
+
+
+def test_a_bundle_of_other_random_weights_is_not_taken(tiny_folder, tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / EXPORTED)
+    assert export_once(tiny_checkpoint, tmp_path, gpus=False) == tmp_path / EXPORTED
+    with pytest.raises(OptionError, match="is of another checkpoint than random:8"):
+        export_once(replace(tiny_checkpoint, source="random:8"), tmp_path, gpus=False)
+
+
+def test_a_bundle_of_a_file_is_known_by_its_content(tiny_folder, tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / EXPORTED)
+    manifest = json.loads((tmp_path / EXPORTED / "manifest.json").read_bytes())
+    manifest["origin"] |= {"checkpoint": "a.pth", "checkpoint_sha256": "0" * 64}
+    (tmp_path / EXPORTED / "manifest.json").write_bytes(seal(manifest))
+    renamed = replace(tiny_checkpoint, source="b.pth", sha256="0" * 64)
+    assert export_once(renamed, tmp_path, gpus=False) == tmp_path / EXPORTED
+    for other in (replace(renamed, source="a.pth", sha256="1" * 64), tiny_checkpoint):
+        with pytest.raises(OptionError, match="is of another checkpoint"):
+            export_once(other, tmp_path, gpus=False)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from mt3_export.bundle_writer import export_bundle
 from mt3_export.lab.run import EXPORTED
+from mt3_export.state import printable
 from mt3_runtime.bundle import open_bundle
 from mt3_runtime.errors import OptionError, OutputError
 
@@ -27,8 +28,10 @@ def export_once(checkpoint: Checkpoint, folder: Path, *, gpus: bool) -> Path:
     precisions: tuple[Precision, ...] = ("fp32", "fp16", "bf16") if gpus else ("fp32",)
     if output.exists():
         manifest = open_bundle(output).manifest
-        made_from = (manifest.model, manifest.features, manifest.origin.checkpoint_sha256)
-        if made_from != (checkpoint.model, checkpoint.features, checkpoint.sha256):
+        origin = manifest.origin
+        made_from = (manifest.model, manifest.features, origin.checkpoint_sha256 or origin.checkpoint)
+        # What is in a file is told by its hash, under any name; random weights have a seed alone.
+        if made_from != (checkpoint.model, checkpoint.features, checkpoint.sha256 or printable(checkpoint.source)):
             of = f"another checkpoint than {checkpoint.source}, or of other options"
             raise OptionError(f"{output} is of {of}: give another --output")
         if not set(precisions) <= {entry.precision for entry in manifest.graphs}:
