@@ -17,8 +17,10 @@ import soundfile
 
 from bundle_cases import seal
 from mt3_export.cli import main
-from mt3_export.lab import bisections, command, speed
+from mt3_export.lab import bisections, child, command, speed
+from mt3_export.lab.child import run_child
 from mt3_export.lab.exported import export_once
+from mt3_export.lab.job import Job
 from mt3_export.lab.listening import Said
 from mt3_export.lab.material import read_rows, save_rows
 from mt3_export.lab.results import Speed, read_results, to_json
@@ -269,3 +271,22 @@ def test_a_bundle_of_a_file_is_known_by_its_content(tiny_folder, tiny_checkpoint
     for other in (replace(renamed, source="a.pth", sha256="1" * 64), tiny_checkpoint):
         with pytest.raises(OptionError, match="is of another checkpoint"):
             export_once(other, tmp_path, gpus=False)
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    """Here no file may have a byte, which stops logs as well."""
+    script = (
+        "import resource, sys; from mt3_export.lab.worker import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); sys.exit(main())"
+    )
+    monkeypatch.setattr(child, "WORKER", [sys.executable, "-c", script])
+    job = Job(str(tmp_path / "none"), "fp32", "cpu", "", str(tmp_path), (), (), None, 1, 1)
+    job.results.mkdir()
+    found = run_child(job, ignored)
+    assert found.outcome == "failed"
+    words = f"cannot write '{job.result}': the file would exceed the size limit: raise the limit or choose another disk"
+    assert found.problem == f"its process ended with exit code 1 ({words}): see fp32-cpu.log"
+    job.result.with_suffix(".log").unlink()
+    job.results.rmdir()
+    with pytest.raises(OutputError, match=r"fp32-cpu.log .*: free some space or give another --output"):
+        run_child(job, ignored)

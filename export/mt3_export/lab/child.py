@@ -8,11 +8,15 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from mt3_export.lab.job import PROBLEM
 from mt3_export.lab.results import Combination, one_line
+from mt3_runtime.errors import OutputError
 from mt3_runtime.strict import build, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
+    from typing import TextIO
 
     from mt3_export.lab.job import Job
 
@@ -22,14 +26,18 @@ WORKER = [sys.executable, "-P", "-m", "mt3_export.lab.worker"]  # -P: a folder o
 def run_child(job: Job, progress: Callable[[str, int, int], None]) -> Combination:
     """What the process found; a crash is a result that failed, with the process's last words in a file beside it.
 
+    What it could not write, it tells: then those are its last words.
+
     Args:
         job: what to do.
         progress: is told what the process is doing, how far it is and of how many; 0 and 0 where that cannot be told.
+
+    Raises:
+        OutputError: there is no room for that file.
     """
-    job.result.unlink(missing_ok=True)
-    log = job.result.with_suffix(".log")
+    log, told = job.result.with_suffix(".log"), ""
     with (
-        log.open("w", encoding="utf-8") as errors,
+        _opened(job, log) as errors,
         subprocess.Popen(  # noqa: S603 -- our own interpreter and code
             WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace"
         ) as process,
@@ -40,14 +48,33 @@ def run_child(job: Job, progress: Callable[[str, int, int], None]) -> Combinatio
             process.stdin.write(job.to_json())
             process.stdin.close()
         for line in process.stdout:
+            told = _problem(line) or told
             progress(*_told(line))
     if process.returncode == 0 and job.result.exists():
         log.unlink()
         return build(Combination, parse_json(job.result.read_bytes(), job.result.name), job.result.name)
     said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
-    problem = f"its process ended with exit code {process.returncode} ({said[-1][:300]}): see {log.name}"
+    words = told or said[-1]
+    problem = f"its process ended with exit code {process.returncode} ({words[:300]}): see {log.name}"
     emulated = job.device == "cpu" and job.variant.is_half
     return Combination(job.title, job.device, emulated, "failed", one_line(problem))
+
+
+def _opened(job: Job, log: Path) -> TextIO:
+    """The file of last words, new; what an earlier process found is gone."""
+    try:
+        job.result.unlink(missing_ok=True)
+        return log.open("w", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {log} ({error.strerror}): free some space or give another --output") from None
+
+
+def _problem(line: str) -> str:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return ""
+    return str(found.get(PROBLEM, "")) if isinstance(found, dict) else ""
 
 
 def _told(line: str) -> tuple[str, int, int]:

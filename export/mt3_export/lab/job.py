@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mt3_runtime.graphs import Precision
 
 WITH_PLAN = "+plan"
+PROBLEM = "problem"  # of a line of JSON: what a process could not leave in a file
 CALIBRATED = tuple(name for name in QUANTIZED if name not in UNCALIBRATED)
 
 

@@ -1,7 +1,7 @@
 """One combination, in a process of its own: what fails or crashes here stops no other.
 
 `python -m mt3_export.lab.worker` reads a job from standard input, writes its result, and says on standard output what
-it is doing, a line of JSON each.
+it is doing, a line of JSON each, or why it could not write.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mt3_export.calibration import calibrate
 from mt3_export.lab.clips import hear_clips
 from mt3_export.lab.forcing import Forcing
 from mt3_export.lab.isolation import graph_errors
-from mt3_export.lab.job import CALIBRATED, held_for_cpu, read_job
+from mt3_export.lab.job import CALIBRATED, PROBLEM, held_for_cpu, read_job
 from mt3_export.lab.layers import layer_errors
 from mt3_export.lab.listening import read_samples
 from mt3_export.lab.logits import open_backend
@@ -64,7 +64,11 @@ def main() -> int:
     The bundle that was made for it stays, to be timed.
     """
     job = read_job(sys.stdin.buffer.read())
-    atomic_write(job.result, to_json(run(job, _say)))
+    try:
+        atomic_write(job.result, to_json(run(job, _say)))
+    except OSError as error:  # on a disk that is full the log stays empty, too
+        _tell({PROBLEM: str(error)})
+        raise
     return 0
 
 
@@ -189,7 +193,11 @@ def _size(job: Job, ready: Ready) -> int | None:
 
 
 def _say(stage: str, done: int = 0, count: int = 0) -> None:
-    sys.stdout.write(json.dumps([stage, done, count]) + "\n")
+    _tell([stage, done, count])
+
+
+def _tell(what: object) -> None:
+    sys.stdout.write(json.dumps(what) + "\n")
     sys.stdout.flush()
 
 
