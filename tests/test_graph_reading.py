@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
@@ -12,6 +13,7 @@ from bundle_cases import copied, forge, refusal
 from mt3_export.cli import main
 from mt3_export.graph_reading import read_graph
 from mt3_export.inspection import inspect_bundle
+from mt3_export.lab.variants import VARIANTS, write_variant
 from mt3_export.quantize_bundle import quantize_bundle
 from mt3_runtime.backends.ort import OrtBackend
 from mt3_runtime.bundle import open_bundle
@@ -164,3 +166,16 @@ def test_a_command_says_so_in_one_line(folder, capsys):
     assert shown.out == ""
     assert line.endswith(FIX)
     assert json.loads((folder / "manifest.json").read_bytes())["files"][GRAPH]["size"] == 99
+
+
+def test_a_file_of_weights_may_have_another_name(folder, tiny_folder, tmp_path):
+    """As some installers give one to every file of a package, to save space."""
+    (tmp_path / "cache").hardlink_to(folder / WEIGHTS)
+    bundle, original = open_bundle(folder), open_bundle(tiny_folder)
+    for entry in (entry for entry in bundle.manifest.graphs if entry.lowering == "ort"):
+        found, wanted = read_graph(bundle, entry).graph.initializers, read_graph(original, entry).graph.initializers
+        assert found.keys() == wanted.keys()
+        for name, value in found.items():
+            np.testing.assert_array_equal(value.const_value.numpy(), wanted[name].const_value.numpy())
+    variant = write_variant(bundle, VARIANTS["int8"], tmp_path / "variant", {})
+    OrtBackend(variant, slots=1, threads=1, precision="int8")

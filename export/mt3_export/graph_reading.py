@@ -57,7 +57,27 @@ def _graph(proto: onnx.ModelProto, folder: Path, entry: GraphFile) -> ir.Model:
     except (ir.serde.SerdeError, ValueError):
         raise _refusal(folder, entry, "it is no graph of ONNX") from None
     ir.external_data.set_base_dir(model.graph, folder)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = _Weight.of(value.const_value, folder)
     return model
+
+
+class _Weight(ir.ExternalTensor):
+    """A tensor in the file that the manifest lists for it, by whatever other names that file is known.
+
+    onnx_ir reads no file that has a second name, and some installers give every file of a package one. What it guards
+    against, a graph that names a foreign file, `_problems` has refused.
+    """
+
+    @classmethod
+    def of(cls, tensor: ir.ExternalTensor, folder: Path) -> _Weight:
+        """The same tensor, its file being in that folder."""
+        place = (tensor.location, tensor.offset, tensor.length, tensor.dtype)
+        return cls(*place, shape=tensor.shape, name=tensor.name or "", base_dir=folder)
+
+    def _check_path_containment(self) -> None:
+        """What onnx_ir asks before it opens the file."""
 
 
 def _checked(data: bytes, folder: Path, entry: GraphFile, room: int) -> onnx.ModelProto:
