@@ -20,21 +20,12 @@ from mt3_export.cli import main
 from mt3_export.lab import bisections, child, command, speed
 from mt3_export.lab.child import run_child
 from mt3_export.lab.exported import export_once
+from mt3_export.lab.folder import EXPORTED, IDENTITY, LOCK, alone_in, check_folder
 from mt3_export.lab.job import Job
 from mt3_export.lab.listening import Said
 from mt3_export.lab.material import read_rows, save_rows
 from mt3_export.lab.results import Speed, read_results, to_json
-from mt3_export.lab.run import (
-    EXPORTED,
-    IDENTITY,
-    LOCK,
-    Options,
-    alone_in,
-    check_folder,
-    find_all,
-    open_laboratory,
-    read_combination,
-)
+from mt3_export.lab.run import Options, find_all, open_laboratory, read_combination
 from mt3_export.lab.variants import parse_variants
 from mt3_export.lab.worker import run as run_job
 from mt3_runtime.bundle import open_bundle
@@ -92,7 +83,7 @@ def test_a_second_run_is_refused_and_touches_nothing(musical_folder, audio, tmp_
 def test_the_lock_goes_with_a_process_that_is_killed(tmp_path):
     folder = tmp_path / "out"
     script = (
-        "import pathlib, sys, time; from mt3_export.lab.run import alone_in\n"
+        "import pathlib, sys, time; from mt3_export.lab.folder import alone_in\n"
         "with alone_in(pathlib.Path(sys.argv[1])): print('in', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE) as process:
@@ -246,7 +237,7 @@ def test_a_run_killed_before_its_first_result_is_resumed(musical_folder, audio, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mt3_export.lab.run.atomic_write", killed)
+        patch.setattr("mt3_export.lab.folder.atomic_write", killed)
         with pytest.raises(KeyboardInterrupt):
             open_laboratory(asked, find_all(asked), bundle, ignored)
     check_folder(asked.output)

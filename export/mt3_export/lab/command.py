@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 from mt3_export.lab.advice import recommend
 from mt3_export.lab.bisections import bisect_one, check_bisected, check_plan_output, planned, save_bisection
 from mt3_export.lab.dataset import read_reference
+from mt3_export.lab.folder import alone_in, check_folder
 from mt3_export.lab.overlays import draw_overlays
 from mt3_export.lab.report.page import write_report
 from mt3_export.lab.results import Bisection
 from mt3_export.lab.run import (
     Options,
-    alone_in,
     check_calibration,
-    check_folder,
     check_scales,
     collect,
     find_all,

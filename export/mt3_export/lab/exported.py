@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mt3_export.bundle_writer import export_bundle
-from mt3_export.lab.run import EXPORTED
+from mt3_export.lab.folder import EXPORTED
 from mt3_export.state import printable
 from mt3_runtime.bundle import open_bundle
 from mt3_runtime.errors import OptionError, OutputError

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
-import os
-import re
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
@@ -15,6 +10,7 @@ from typing import TYPE_CHECKING
 from mt3_export.lab.child import run_child
 from mt3_export.lab.clips import read_notes
 from mt3_export.lab.dataset import find_clips, find_sounds
+from mt3_export.lab.folder import claim
 from mt3_export.lab.job import CALIBRATED, Job, Sound, held_for_cpu
 from mt3_export.lab.material import read_rows
 from mt3_export.lab.note_scores import summarise
@@ -31,16 +27,15 @@ from mt3_export.lab.results import (
 )
 from mt3_runtime.audio import open_audio
 from mt3_runtime.devices import parse_device
-from mt3_runtime.errors import DeviceError, OptionError, OutputError
+from mt3_runtime.errors import DeviceError, OptionError
 from mt3_runtime.files import atomic_write
 from mt3_runtime.loading import MAX_THREADS
 from mt3_runtime.machine import describe_machine, package_versions
 from mt3_runtime.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
-    from typing import BinaryIO
 
     from mt3_export.lab.dataset import ClipFile
     from mt3_export.lab.variants import Variant
@@ -49,12 +44,7 @@ if TYPE_CHECKING:
     Say = Callable[[str], None]
     Progress = Callable[[str, int, int], None]
 
-IDENTITY = "lab.json"  # what the folder's results are of
 SHORTEST = 0.01  # seconds: a hop of the family at its rate, see `AudioLimits`, takes 0.008
-EXPORTED = "bundle"  # made of a checkpoint by the command itself
-LOCK = ".lab.lock"  # of the run that is writing; one that was killed leaves it behind, unlocked
-# All that a run can leave that is killed before it writes what the folder is of: also halves of a bundle and of a file.
-BEGUN = re.compile(rf"{EXPORTED}|{re.escape(LOCK)}|\.{EXPORTED}\.[0-9a-f]{{12}}\.partial|\.mt3-[0-9a-f]{{16}}\.tmp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +271,7 @@ def _heard(path: Path, bundle: Bundle) -> str:
 
 
 def _claim(options: Options, bundle: Bundle, clips: Sequence[list[str]], calibration: Sequence[str]) -> None:
-    """Make the folder, or check that it is of the same bundle, clips and machine."""
+    """Make the folder for the results of this bundle, these clips and this machine, or go on in it."""
     identity = {
         "format": FORMAT,
         "version": [VERSION, __version__, package_versions().get("onnxruntime"), describe_machine().cpu_name],
@@ -292,78 +282,7 @@ def _claim(options: Options, bundle: Bundle, clips: Sequence[list[str]], calibra
         "rows": options.rows,
         "threads": options.threads,
     }
-    path = options.output / IDENTITY
-    text = json.dumps(identity, indent=1).encode() + b"\n"
-    known = path.read_bytes() if path.is_file() else None
-    if known not in (None, text):
-        of = "another bundle, audio, setting, machine or version"
-        raise OptionError(f"{options.output} holds results of {of}: give another --output")
-    check_folder(options.output)
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, text)  # before anything that `check_folder` would not know
-        (options.output / "combinations").mkdir(exist_ok=True)
-    except OutputError:
-        raise
-    except OSError as error:
-        raise OutputError(f"cannot make {options.output} ({error.strerror}): choose another --output") from None
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse what is neither a folder of results nor free to become one.
-
-    Raises:
-        OptionError: there is something that the command did not put there itself.
-        OutputError: it cannot be looked into.
-    """
-    try:
-        is_ours = (folder / IDENTITY).is_file() or not folder.exists()
-        if not is_ours and not (folder.is_dir() and all(BEGUN.fullmatch(path.name) for path in folder.iterdir())):
-            raise OptionError(f"{folder} exists and is no folder of results: give another --output")
-    except OSError as error:
-        raise OutputError(f"cannot write {str(folder)!r:.200} ({error.strerror}): give another --output") from None
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Make the folder, and keep other runs out of it as long as this process lives; if it stays empty, it vanishes.
-
-    Raises:
-        OptionError: another run is writing there.
-        OutputError: it cannot be made or written to.
-    """
-    lock = folder / LOCK
-    try:
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        file = lock.open("ab")
-    except OSError as error:
-        raise OutputError(f"cannot write to {folder} ({error.strerror}): give another --output") from None
-    with file:
-        if not _is_locked(file, lock):
-            raise OptionError(f"another run is writing to {folder}: wait for it, or give another --output")
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # while it is still held, see `_is_locked`
-                lock.unlink()
-            for path in made:
-                with suppress(OSError):  # it holds something
-                    path.rmdir()
-
-
-def _is_locked(file: BinaryIO, path: Path) -> bool:
-    """Lock it; False if somebody else has, or has removed it since it was opened: the name is then free for a third."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # the file system has no locks
-        return True
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+    claim(options.output, identity)
 
 
 def _digest(path: Path | None) -> str:
