@@ -141,7 +141,7 @@ def test_a_plan_that_cannot_be_written_is_found_before_the_work(name, words, mus
 def test_a_plan_in_a_protected_folder_is_found_before_the_work(musical_folder, audio, tmp_path, capfd, monkeypatch):
     plan = tmp_path / "protected" / "plan.toml"
     plan.parent.mkdir()
-    monkeypatch.setattr(bisections.os, "access", lambda path, mode: Path(path) != plan.parent)
+    monkeypatch.setattr(bisections.os, "access", lambda path, mode, **_: Path(path) != plan.parent)
     options = ("--bisect", "int8", "--plan-output", plan)
     assert "write-protected" in refused(capfd, musical_folder, audio, tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
@@ -276,7 +276,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     found = run_child(job, ignored)
     assert found.outcome == "failed"
     words = f"cannot write '{job.result}': the file would exceed the size limit: raise the limit or choose another disk"
-    assert found.problem == f"its process ended with exit code 1 ({words}): see fp32-cpu.log"
+    assert found.problem == f"its process ended with exit code 1 ({words[:300]}): see fp32-cpu.log"
     job.result.with_suffix(".log").unlink()
     job.results.rmdir()
     with pytest.raises(OutputError, match=r"fp32-cpu.log .*: free some space or give another --output"):

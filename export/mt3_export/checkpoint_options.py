@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 from mt3_export.settings import FAMILY, check_name
 from mt3_export.yourmt3_models import MODELS as YOURMT3
 from mt3_runtime.cli import positive
+from mt3_runtime.console import say
 from mt3_runtime.specs import MT3_FRONTENDS, POSITION_BASES
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def load_checkpoint_of(arguments: argparse.Namespace) -> Checkpoint:
         memory_length=arguments.memory_length,
     )
     for warning in checkpoint.warnings:
-        sys.stderr.write(f"note: {warning}\n")
+        say(f"note: {warning}")
     if arguments.name:
         return replace(checkpoint, model=replace(checkpoint.model, name=arguments.name))
     return checkpoint

@@ -195,11 +195,11 @@ def _quantize(arguments: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _bar(name: str, shown: bool) -> Iterator[Callable[[int, int], None]]:
+def _bar(name: str, wanted: bool) -> Iterator[Callable[[int, int], None]]:
     """A progress bar as a function of what is done and how much there is."""
     from tqdm import tqdm  # noqa: PLC0415
 
-    with tqdm(desc=name, leave=False, disable=not (shown and sys.stderr.isatty())) as bar:
+    with tqdm(desc=name, leave=False, disable=not (wanted and sys.stderr.isatty())) as bar:
 
         def progress(done: int, count: int) -> None:
             bar.total = count

@@ -156,14 +156,18 @@ def _add_transcribe(commands: Commands) -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="OUT.mid", help="MIDI file, for one input")
     parser.add_argument("--json", type=Path, metavar="OUT.json", help="notes and provenance, for one input")
     parser.add_argument("--picture", type=Path, metavar="OUT.png", help="piano roll, for one input")
-    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="folder for IN's name with .mid (default: .)")
+    parser.add_argument(
+        "--output-dir", type=Path, metavar="DIR", help="folder for IN's name with .mid, which must be new (default: .)"
+    )
     parser.add_argument(
         "--formats", default="mid", metavar="LIST", help="with --output-dir: some of mid,json,png (default: mid)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace files whose names were made from IN's")
     _add_note_options(parser)
     _add_slots(parser)
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument(
+        "--quiet", action="store_true", help="print errors only, and which model it was if no --bundle is given"
+    )
     _add_model_options(parser)
     parser.set_defaults(command=_transcribe)
 

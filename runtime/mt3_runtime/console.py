@@ -38,15 +38,26 @@ def report_errors(program: str, command: Callable[[], int]) -> int:
 
 def prepare_streams() -> None:
     """Open what was closed (`2>&-`) to nothing, and let no character be one that cannot be printed."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:  # else the next file that is opened gets the number, and what libraries print with it
-            os.dup2(os.open(os.devnull, os.O_RDWR), number)
-        if number and getattr(sys, name) is None:
+    for number in range(3):
+        _occupy(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 -- stays open
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _occupy(number: int) -> None:
+    """Keep the next file that is opened from getting a closed stream's number, and what libraries print with it."""
+    try:
+        os.fstat(number)
+    except OSError:
+        opened = os.open(os.devnull, os.O_RDWR)
+        if opened == number:
+            os.set_inheritable(number, True)  # noqa: FBT003 -- it takes no name; processes of ours have the same need
+        else:
+            os.dup2(opened, number)
+            os.close(opened)
 
 
 def say(text: str) -> None:

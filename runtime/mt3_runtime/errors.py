@@ -28,8 +28,11 @@ class SampleError(AudioError):
     """A sample that is no sound: NaN, infinite or beyond all loudness. `usable`: samples of its block before it."""
 
     def __init__(self, message: str, usable: int) -> None:
-        super().__init__(message)
+        super().__init__(message, usable)  # all of it, so that it can go from one process to another
         self.usable = usable
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class BundleError(Mt3Error, ValueError):

@@ -206,9 +206,8 @@ def _check_new(paths: Iterable[Path]) -> None:
     there = [path for path in paths if os.path.exists(path)]  # noqa: PTH110 -- as above
     if there:
         more, exist, them = (f" and {len(there) - 1} more", "exist", "them") if there[1:] else ("", "exists", "it")
-        raise OutputError(
-            f"{shown(there[0])}{more} {exist} already: give --overwrite to replace {them}, or another --output-dir"
-        )
+        fix = f"give --overwrite to replace {them}, another --output-dir, or for one input a name with -o"
+        raise OutputError(f"{shown(there[0])}{more} {exist} already, and nothing was done: {fix}")
 
 
 def check_writable(path: Path) -> None:

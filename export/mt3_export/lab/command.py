@@ -102,6 +102,7 @@ def _measure(
             bisections.append(save_bisection(laboratory, found, plan))
         except OutputError as error:  # what was found belongs in the report all the same
             bisections.append(found)
+            tell(str(error))
             unwritten = error
             continue
         if bisections[-1].kept:
