@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from mt3_runtime.errors import DependencyError
@@ -30,8 +31,9 @@ def needing(extras: str, *packages: str) -> Iterator[None]:
             raise
         wanted = " ".join((f"'mt3-runtime[{extras}]'", *packages))
         if isinstance(error, ModuleNotFoundError):
-            # The plain name means gigabytes of CUDA on Linux, for nothing.
-            small = f"pip install torch --index-url {CPU_TORCH} && " if error.name == "torch" else ""
+            # The plain name, which the extra asks for, means gigabytes of CUDA on Linux, for nothing.
+            needs_torch = "export" in extras.split(",") and find_spec("torch") is None
+            small = f"pip install torch --index-url {CPU_TORCH} && " if needs_torch else ""
             raise DependencyError(f"{error.name} cannot be imported: {small}pip install {wanted}") from None
         why, again = " ".join(str(error).split())[:200], f"pip install --force-reinstall {error.name.split('.')[0]}"
         raise DependencyError(f"{error.name} cannot be imported ({why}): {again}") from error
