@@ -6,7 +6,9 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 from bundle_cases import seal
@@ -117,6 +119,14 @@ def channels_bundle(tiny_bundle):
         tiny_bundle,
         manifest=replace(manifest, model=model, features=features, vocabulary=vocabulary, contracts=contracts),
     )
+
+
+@pytest.fixture(scope="session")
+def audio(tmp_path_factory):
+    """A file with three seconds of noise: read it, never change it."""
+    path = tmp_path_factory.mktemp("audio") / "a.flac"
+    soundfile.write(path, np.random.default_rng(1).normal(0, 0.1, 3 * 16_000), 16_000)
+    return path
 
 
 @pytest.fixture

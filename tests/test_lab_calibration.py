@@ -17,16 +17,7 @@ from mt3_export.quantize_bundle import quantize_bundle
 from mt3_runtime.bundle import open_bundle
 from mt3_runtime.errors import OptionError
 
-SECONDS = 3.0
 RATE = 16_000
-
-
-@pytest.fixture(scope="module")
-def audio(tmp_path_factory):
-    """One clip of noise: read it, never change it."""
-    path = tmp_path_factory.mktemp("audio") / "a.flac"
-    soundfile.write(path, np.random.default_rng(1).normal(0, 0.1, int(SECONDS * RATE)), RATE)
-    return path
 
 
 @pytest.fixture(scope="module")

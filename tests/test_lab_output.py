@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 
 from bundle_cases import seal
 from mt3_export.cli import main
@@ -30,17 +29,6 @@ from mt3_export.lab.variants import parse_variants
 from mt3_export.lab.worker import run as run_job
 from mt3_runtime.bundle import open_bundle
 from mt3_runtime.errors import OptionError, OutputError
-
-SECONDS = 3.0
-RATE = 16_000
-
-
-@pytest.fixture(scope="module")
-def audio(tmp_path_factory):
-    """One clip of noise: read it, never change it."""
-    path = tmp_path_factory.mktemp("audio") / "a.flac"
-    soundfile.write(path, np.random.default_rng(1).normal(0, 0.1, int(SECONDS * RATE)), RATE)
-    return path
 
 
 def ignored(*_):

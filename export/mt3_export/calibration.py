@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import onnx_ir as ir
 from mt3_export.graph_reading import read_graph
 from mt3_export.histogram import Histogram
 from mt3_export.lab.dataset import find_sounds
+from mt3_export.lab.listening import beginning
 from mt3_export.qdq import LEVELS, factors
 from mt3_runtime.audio import DEFAULT_LIMITS, open_audio
 from mt3_runtime.backends.ort import LOWERING, OrtBackend
@@ -95,7 +95,9 @@ def choose_passages(
     counts: dict[Path, int] = {}
     for path in sorted(find_sounds(audio)):
         with open_audio(path, sample_rate=features.sample_rate) as stream:
-            samples = min(stream.expected, _limit(features, seconds))
+            samples = stream.expected
+            if seconds is not None:
+                samples = min(samples, round(seconds * features.sample_rate))
             counts[path] = -(-segment_count(samples, features) // length)
     total = sum(counts.values())
     wanted = min(total, max(1, segments // length))
@@ -112,11 +114,6 @@ def passage_length(bundle: Bundle) -> int:
     return 2 if bundle.manifest.model.memory else 1
 
 
-def _limit(features: FeatureSpec, seconds: float | None) -> int:
-    """Samples of a file that are heard at most."""
-    return sys.maxsize if seconds is None else round(seconds * features.sample_rate)
-
-
 def _read(
     bundle: Bundle, passages: Mapping[Path, Collection[int]], seconds: float | None = None
 ) -> Iterator[FloatArray]:
@@ -125,21 +122,13 @@ def _read(
     length = passage_length(bundle)
     for path, places in passages.items():
         with open_audio(path, sample_rate=features.sample_rate) as stream:
-            segments = stream_segments(_first(stream.blocks, _limit(features, seconds)), features, vocabulary)
+            blocks = beginning(stream.blocks, features.sample_rate, seconds)
+            segments = stream_segments(blocks, features, vocabulary)
             for place, passage in groupby(segments, lambda segment: segment.index // length):
                 if place in places:
                     samples = _joined(list(passage), features)
                     if len(samples) >= DEFAULT_LIMITS.min_samples:
                         yield samples
-
-
-def _first(blocks: Iterator[FloatArray], count: int) -> Iterator[FloatArray]:
-    """Blocks [samples] of so many samples together, or of all."""
-    for block in blocks:
-        yield block[:count]
-        count -= len(block)
-        if count <= 0:
-            return
 
 
 def _joined(passage: Sequence[Segment], features: FeatureSpec) -> FloatArray:

@@ -24,6 +24,7 @@ NAMES = ("num_heads", "frontend", "mel_norm", "position_base", "max_length")
 # The target length of every published MT3; a file that does not say is taken to have it.
 MAX_LENGTH = 1024
 LONGEST_NAME = 200  # characters, of a model
+LARGEST = 999_999  # whole number that can be meant
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,15 +172,15 @@ def _is_usable(name: str, value: Setting) -> bool:
         return value in MT3_FRONTENDS
     if name == "mel_norm":
         return isinstance(value, bool)
-    return type(value) is int and (name != "memory_length") <= value < 1_000_000
+    return type(value) is int and (name != "memory_length") <= value <= LARGEST
 
 
 def _allowed(name: str) -> str:
     if name == "frontend":
         return f"one of {', '.join(MT3_FRONTENDS)}"
     if name == "memory_length":
-        return "a whole number of vectors up to 999999, 0 for no memory"
-    return "true or false" if name == "mel_norm" else "a whole number from 1 to 999999"
+        return f"a whole number of vectors up to {LARGEST}, 0 for no memory"
+    return "true or false" if name == "mel_norm" else f"a whole number from 1 to {LARGEST}"
 
 
 def _option(name: str) -> str:

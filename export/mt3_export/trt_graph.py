@@ -175,10 +175,8 @@ def _put_weights_in(model: onnx.ModelProto, bundle: Bundle, file: str) -> None:
         return
     weights = memoryview(bundle.read(file))
     for tensor in outside:
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        start, size = int(entries.get("offset", 0)), int(entries.get("length", -1))
-        if entries.get("location") != file or not 0 <= start <= start + size <= len(weights):
-            raise BundleError(f"weight {tensor.name:.80} does not stand in {file}: export the bundle again")
+        place = {entry.key: entry.value for entry in tensor.external_data}  # in that file: `read_proto` has seen to it
+        start, size = int(place.get("offset", 0)), int(place["length"])
         del tensor.external_data[:]
         tensor.data_location = TensorProto.DEFAULT
         tensor.raw_data = bytes(weights[start : start + size])

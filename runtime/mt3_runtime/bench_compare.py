@@ -99,7 +99,7 @@ def _is_figure(value: object) -> bool:
         return False
     try:
         return value > 0 and math.isfinite(float(value)) and math.isfinite(1 / float(value))
-    except (OverflowError, ZeroDivisionError):
+    except OverflowError:
         return False
 
 

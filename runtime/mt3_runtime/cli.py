@@ -62,8 +62,10 @@ def build_parser() -> argparse.ArgumentParser:
 def positive(text: str) -> int:
     """A whole number of at least 1, for argparse."""
     number = int(text)
-    if not 1 <= number <= MOST:
-        raise argparse.ArgumentTypeError(f"{number} is {'less than 1' if number < 1 else f'more than {MOST}'}")
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    if number > MOST:
+        raise argparse.ArgumentTypeError(f"{number} is more than {MOST}")
     return number
 
 
@@ -156,9 +158,7 @@ def _add_transcribe(commands: Commands) -> None:
     parser.add_argument("-o", "--output", type=Path, metavar="OUT.mid", help="MIDI file, for one input")
     parser.add_argument("--json", type=Path, metavar="OUT.json", help="notes and provenance, for one input")
     parser.add_argument("--picture", type=Path, metavar="OUT.png", help="piano roll, for one input")
-    parser.add_argument(
-        "--output-dir", type=Path, metavar="DIR", help="folder for IN's name with .mid, which must be new (default: .)"
-    )
+    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="folder for a new file IN.mid (default: .)")
     parser.add_argument(
         "--formats", default="mid", metavar="LIST", help="with --output-dir: some of mid,json,png (default: mid)"
     )

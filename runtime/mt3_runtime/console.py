@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import IO, TYPE_CHECKING
 
 from mt3_runtime.errors import Mt3Error, OutputError
 from mt3_runtime.parser import FAILED
@@ -25,7 +25,7 @@ def report_errors(program: str, command: Callable[[], int]) -> int:
         code = command()
         sys.stdout.flush()
     except BrokenPipeError:  # who reads has enough, as `| head` has
-        _silence(sys.stdout)
+        silence(sys.stdout)
         return UNREAD
     except Mt3Error as error:
         say(f"{program}: error: {error}")
@@ -39,7 +39,12 @@ def report_errors(program: str, command: Callable[[], int]) -> int:
 def prepare_streams() -> None:
     """Open what was closed (`2>&-`) to nothing, and let no character be one that cannot be printed."""
     for number in range(3):
-        _occupy(number)
+        try:
+            os.fstat(number)
+        except (
+            OSError
+        ):  # else a file of ours gets this number, the lowest that is free, and what libraries print with it
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003 -- it takes no name
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 -- stays open
@@ -47,25 +52,12 @@ def prepare_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _occupy(number: int) -> None:
-    """Keep the next file that is opened from getting a closed stream's number, and what libraries print with it."""
-    try:
-        os.fstat(number)
-    except OSError:
-        opened = os.open(os.devnull, os.O_RDWR)
-        if opened == number:
-            os.set_inheritable(number, True)  # noqa: FBT003 -- it takes no name; processes of ours have the same need
-        else:
-            os.dup2(opened, number)
-            os.close(opened)
-
-
 def say(text: str) -> None:
     """Words for people; where they cannot be written the work goes on."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
-        _silence(sys.stderr)
+        silence(sys.stderr)
 
 
 def give(text: str) -> None:
@@ -80,7 +72,7 @@ def give(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        _silence(sys.stdout)
+        silence(sys.stdout)
         raise OutputError(f"standard output cannot be written ({error.strerror}): send it elsewhere") from error
 
 
@@ -90,6 +82,6 @@ def shown(path: str | os.PathLike[str]) -> str:
     return text if text.isprintable() else repr(text)
 
 
-def _silence(stream: TextIO) -> None:
+def silence(stream: IO[str]) -> None:
     """Send what is left in a stream nowhere: Python would try it again when it ends, and complain."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

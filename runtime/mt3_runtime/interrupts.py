@@ -14,11 +14,8 @@ if TYPE_CHECKING:
 @contextmanager
 def interrupts_held() -> Iterator[None]:
     """A Ctrl-C meanwhile is a KeyboardInterrupt afterwards; only where Python's own handler would raise it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     own = signal.getsignal(signal.SIGINT)
-    if own is not signal.default_int_handler:
+    if own is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
         yield
         return
     asked: list[int] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import select
 import signal
 from contextlib import contextmanager, suppress
@@ -12,7 +11,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from mt3_runtime.audio import check_bounds
-from mt3_runtime.console import say
+from mt3_runtime.console import say, silence
 from mt3_runtime.errors import OutputError
 from mt3_runtime.midi import write_midi
 from mt3_runtime.transcribe_command import check_suffix, check_writable, load_asked
@@ -79,8 +78,8 @@ def _write(line: str, target: IO[str]) -> None:
     try:
         print(line, file=target, flush=True)
     except OSError as error:
-        with suppress(OSError, ValueError):  # or else it is tried again, and complained about, when Python ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), target.fileno())
+        with suppress(OSError, ValueError):  # a stream without a descriptor
+            silence(target)
         raise OutputError(
             f"nobody reads the notes any more ({error.strerror}): check what they are piped to"
         ) from error

@@ -203,7 +203,7 @@ def _make_folder(folder: Path) -> None:
 
 def _check_new(paths: Iterable[Path]) -> None:
     """Keep what stands under a name that nobody gave: beside a recording that may be what was played."""
-    there = [path for path in paths if os.path.exists(path)]  # noqa: PTH110 -- as above
+    there = [path for path in paths if os.path.exists(path)]  # noqa: PTH110 -- see `check_writable`
     if there:
         more, exist, them = (f" and {len(there) - 1} more", "exist", "them") if there[1:] else ("", "exists", "it")
         fix = f"give --overwrite to replace {them}, another --output-dir, or for one input a name with -o"

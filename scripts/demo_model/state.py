@@ -15,12 +15,11 @@ from demo_model.curriculum import STAGES, Curriculum
 from demo_model.losses import auxiliary_tensors
 from demo_model.optimiser import Optimiser
 from demo_model.settings import FEATURES, SIZES
-from mt3_export.state import expected_shapes
+from mt3_export.state import check_shapes, compare_shapes
 from mt3_runtime.errors import CheckpointError, OptionError
 from mt3_runtime.files import atomic_write
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
 STATE_NAME, LOG_NAME = "state.pt", "log.jsonl"
@@ -114,8 +113,11 @@ def _read(stored: dict[str, Any]) -> Progress:
     progress = Progress(**{**stored, "plan": Plan(**plan), "curriculum": Curriculum(**curriculum)})
     _check_place(progress)
     model = SIZES[progress.plan.size]
-    _check_tensors(progress.weights, expected_shapes(model))
-    _check_tensors(progress.extra, {key: tuple(t.shape) for key, t in auxiliary_tensors(model, 0).items()})
+    check_shapes(model, progress.weights)
+    extra = {key: tuple(tensor.shape) for key, tensor in auxiliary_tensors(model, 0).items()}
+    compare_shapes(extra, progress.extra, "training")
+    if any(tensor.dtype != torch.float32 for tensor in (*progress.weights.values(), *progress.extra.values())):
+        raise ValueError("tensors that are not float32")
     if progress.optimiser is None:
         raise ValueError("no optimiser")
     Optimiser(progress.weights, progress.extra).restore(progress.optimiser, progress.step)
@@ -135,13 +137,6 @@ def _check_place(progress: Progress) -> None:
     for value in (progress.seconds, *curriculum.accuracy.values()):
         if not math.isfinite(value) or value < 0:
             raise ValueError(f"a time or an accuracy of {value!r}")
-
-
-def _check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    if {key: tuple(tensor.shape) for key, tensor in tensors.items()} != shapes:
-        raise ValueError("tensors missing, unknown or of another shape")
-    if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
-        raise ValueError("tensors that are not float32")
 
 
 def export_weights(progress: Progress, path: Path) -> None:

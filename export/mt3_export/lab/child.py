@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mt3_export.lab.job import PROBLEM
 from mt3_export.lab.results import Combination, one_line
@@ -48,13 +48,15 @@ def run_child(job: Job, progress: Callable[[str, int, int], None]) -> Combinatio
             process.stdin.write(job.to_json())
             process.stdin.close()
         for line in process.stdout:
-            told = _problem(line) or told
-            progress(*_told(line))
+            said = _parsed(line)
+            if isinstance(said, dict):
+                told = str(said.get(PROBLEM, "")) or told
+            progress(*_told(said, line))
     if process.returncode == 0 and job.result.exists():
         log.unlink()
         return build(Combination, parse_json(job.result.read_bytes(), job.result.name), job.result.name)
-    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
-    words = told or said[-1]
+    last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
+    words = told or last[-1]
     problem = f"its process ended with exit code {process.returncode} ({words[:300]}): see {log.name}"
     emulated = job.device == "cpu" and job.variant.is_half
     return Combination(job.title, job.device, emulated, "failed", one_line(problem))
@@ -69,17 +71,16 @@ def _opened(job: Job, log: Path) -> TextIO:
         raise OutputError(f"cannot write {log} ({error.strerror}): free some space or give another --output") from None
 
 
-def _problem(line: str) -> str:
+def _parsed(line: str) -> Any:
     try:
-        found = json.loads(line)
+        return json.loads(line)
     except ValueError:
-        return ""
-    return str(found.get(PROBLEM, "")) if isinstance(found, dict) else ""
+        return None
 
 
-def _told(line: str) -> tuple[str, int, int]:
+def _told(said: Any, line: str) -> tuple[str, int, int]:
     try:
-        stage, done, count = json.loads(line)
+        stage, done, count = said
         return str(stage), int(done), int(count)
     except (ValueError, TypeError):  # what some library printed
         return one_line(line), 0, 0

@@ -51,11 +51,15 @@ def read_samples(path: Path, rate: int, seconds: float | None) -> FloatArray:
         AudioError: the file cannot be read.
     """
     with open_audio(path, sample_rate=rate) as stream:
-        blocks = stream.blocks if seconds is None else _first(stream.blocks, round(seconds * rate))
-        return np.concatenate([np.empty(0, np.float32), *blocks])
+        return np.concatenate([np.empty(0, np.float32), *beginning(stream.blocks, rate, seconds)])
 
 
-def _first(blocks: Iterable[FloatArray], count: int) -> Iterator[FloatArray]:
+def beginning(blocks: Iterable[FloatArray], rate: int, seconds: float | None) -> Iterator[FloatArray]:
+    """Blocks [samples] at `rate` of the first seconds, or of all."""
+    if seconds is None:
+        yield from blocks
+        return
+    count = round(seconds * rate)
     for block in blocks:
         yield block[:count]
         count -= len(block)
